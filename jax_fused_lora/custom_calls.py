@@ -1,0 +1,250 @@
+"""The two custom calls as JAX primitives: result shapes, lowering, batching rule.
+
+`lora_forward_p` and `lora_backward_p` stand for the mathematics on any platform. What becomes of
+them is decided when they are lowered, where the platform is known at last: on a platform with a
+native library the rule in `forms` picks a form and the FFI call is made; elsewhere the definition
+is compiled. A partitioning rule belongs between the two: in `_native_forward` and
+`_native_backward`, around the FFI call.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+from jax_fused_lora import forms, reference
+from jax_fused_lora.implementations import implementations, load
+
+lora_forward_p = Primitive("lora_forward")
+lora_backward_p = Primitive("lora_backward")
+for _primitive in (lora_forward_p, lora_backward_p):
+    _primitive.multiple_results = True
+
+
+def forward(
+    x: jax.Array,
+    lora_a: jax.Array,
+    lora_b: jax.Array,
+    kernel: jax.Array | None,
+    bias: jax.Array | None,
+    *,
+    scaling: float,
+    implementation: str | None,
+) -> tuple[jax.Array, jax.Array]:
+    """`reference.forward` for two-dimensional x, by custom call where one serves."""
+    rest = [operand for operand in (kernel, bias) if operand is not None]
+    y, h = lora_forward_p.bind(
+        x, lora_a, lora_b, *rest, scaling=scaling, implementation=implementation
+    )
+    return y, h
+
+
+def backward(
+    g: jax.Array,
+    x: jax.Array,
+    lora_a: jax.Array,
+    lora_b: jax.Array,
+    h: jax.Array,
+    kernel: jax.Array | None,
+    *,
+    scaling: float,
+    grads: str,
+    implementation: str | None,
+) -> tuple[jax.Array, ...]:
+    """`reference.backward`, by custom call where one serves."""
+    rest = [] if kernel is None or "x" not in grads else [kernel]
+    return tuple(
+        lora_backward_p.bind(
+            g, x, lora_a, lora_b, h, *rest,
+            scaling=scaling, grads=grads, implementation=implementation,
+        )
+    )  # fmt: skip
+
+
+# ---- The mathematics, and its native form on one platform.
+
+
+def _reference_forward(*operands: jax.Array, scaling: float, implementation: str | None) -> Any:
+    _must_serve(implementation)
+    return reference.forward(*operands, scaling=scaling)
+
+
+def _reference_backward(
+    *operands: jax.Array, scaling: float, grads: str, implementation: str | None
+) -> Any:
+    _must_serve(implementation)
+    return reference.backward(*operands, scaling=scaling, grads=grads)
+
+
+def _must_serve(implementation: str | None) -> None:
+    """The definition stands in for any implementation but one that was asked for by name."""
+    if implementation is not None:
+        platform = implementations()[implementation].platform
+        raise ValueError(
+            f"implementation={implementation!r} serves platform {platform!r}, and this program is "
+            "compiled for another one; pass implementation=None to take what serves it"
+        )
+
+
+def _native_forward(
+    x: jax.Array,
+    lora_a: jax.Array,
+    lora_b: jax.Array,
+    *rest: jax.Array,
+    library: str,
+    scaling: float,
+    implementation: str | None,
+) -> Any:
+    (m, k), (r, n) = x.shape, lora_b.shape
+    form = forms.forward_form(m, k, n, r, x.dtype, bool(rest))
+    if form == "xla" and implementation is None:
+        return reference.forward(x, lora_a, lora_b, *rest, scaling=scaling)
+    if form == "base" and rest:
+        base = reference.dot(x, rest[0])
+        rest = (base if len(rest) == 1 else base + rest[1],)
+    elif form == "xla":  # native code was asked for by name
+        form = "kernel" if rest else "delta"
+    in_place = form == "base" and x.dtype == jnp.float32
+    y, h, _ = jax.ffi.ffi_call(
+        load(library).targets["lora_forward"],
+        (
+            jax.ShapeDtypeStruct((m, n), x.dtype),
+            jax.ShapeDtypeStruct((m, r), jnp.float32),
+            _workspace(r * (k + n)),
+        ),
+        input_output_aliases={3: 0} if in_place else None,
+    )(x, lora_a, lora_b, *rest, scaling=np.float32(scaling), form=form)
+    return y, h
+
+
+def _native_backward(
+    g: jax.Array,
+    x: jax.Array,
+    lora_a: jax.Array,
+    lora_b: jax.Array,
+    h: jax.Array,
+    *rest: jax.Array,
+    library: str,
+    scaling: float,
+    grads: str,
+    implementation: str | None,
+) -> Any:
+    (m, k), (r, n) = x.shape, lora_b.shape
+    form = forms.backward_form(m, k, n, r, x.dtype, bool(rest))
+    if form == "xla" and implementation is None:
+        return reference.backward(
+            g, x, lora_a, lora_b, h, *rest, scaling=scaling, grads=grads
+        )
+    if form == "base" and rest:
+        rest = (reference.dot(g, rest[0].T),)
+    elif form == "xla":
+        form = "kernel" if rest else "delta"
+    shapes = {"x": x, "a": lora_a, "b": lora_b}
+    slices = _slices(m)
+    results = jax.ffi.ffi_call(
+        load(library).targets["lora_backward"],
+        (
+            *(jax.ShapeDtypeStruct(shapes[w].shape, shapes[w].dtype) for w in grads),
+            _workspace(m * r + r * (k + n) * (1 + slices)),
+        ),
+        input_output_aliases={5: 0} if form == "base" and x.dtype == jnp.float32 else None,
+    )(g, x, lora_a, lora_b, h, *rest,
+      scaling=np.float32(scaling), form=form, grads=grads, slices=np.int64(slices))  # fmt: skip
+    return results[:-1]
+
+
+def _workspace(floats: int) -> jax.ShapeDtypeStruct:
+    """Scratch memory as a result of the call: XLA plans it, nothing is allocated at run time."""
+    return jax.ShapeDtypeStruct((floats,), jnp.float32)
+
+
+def _slices(m: int) -> int:
+    """Row slices that sum dA and dB separately: two a core, of at least 64 rows each."""
+    return max(1, min(2 * (os.cpu_count() or 1), m // 64))
+
+
+# ---- Rules.
+
+
+def _register(primitive: Primitive, fallback: Callable[..., Any], native: Callable[..., Any]):
+    primitive.def_impl(lambda *args, **params: jax.jit(partial(primitive.bind, **params))(*args))
+    mlir.register_lowering(primitive, mlir.lower_fun(fallback, multiple_results=True))
+    for library in ("cpu",):
+        if load(library).implementation.available:
+            mlir.register_lowering(
+                primitive,
+                mlir.lower_fun(partial(native, library=library), multiple_results=True),
+                platform=library,
+            )
+
+
+_register(lora_forward_p, _reference_forward, _native_forward)
+_register(lora_backward_p, _reference_backward, _native_backward)
+
+
+@lora_forward_p.def_abstract_eval
+def _forward_shapes(x: Any, lora_a: Any, lora_b: Any, *rest: Any, **params: Any) -> Any:
+    return (
+        x.update(shape=(x.shape[0], lora_b.shape[1]), weak_type=False),
+        x.update(
+            shape=(x.shape[0], lora_a.shape[1]),
+            dtype=reference.accumulator(x.dtype),
+            weak_type=False,
+        ),
+    )
+
+
+@lora_backward_p.def_abstract_eval
+def _backward_shapes(
+    g: Any, x: Any, lora_a: Any, lora_b: Any, *rest: Any, grads: str, **params: Any
+) -> Any:
+    operands = {"x": x, "a": lora_a, "b": lora_b}
+    return tuple(operands[w].update(weak_type=False) for w in grads)
+
+
+def _batch(
+    primitive: Primitive,
+    rows: Sequence[int],
+    operands: Sequence[jax.Array],
+    dims: Sequence[int | None],
+    **params: Any,
+) -> tuple[Any, Any]:
+    """Batches a call: folds the batch into its rows, or maps over it one call at a time.
+
+    Folding needs the operands that have rows, and only those, to be mapped, and every result to
+    have rows. Otherwise `jax.lax.map` runs the calls in turn; an operand that is not mapped is
+    never copied per element.
+    """
+    mapped = {i for i, dim in enumerate(dims) if dim is not None}
+    size = next(operands[i].shape[dims[i]] for i in mapped)
+    moved = [
+        operand if dim is None else jnp.moveaxis(operand, dim, 0)
+        for operand, dim in zip(operands, dims, strict=True)
+    ]
+    if mapped == set(rows) and params.get("grads", "x") == "x":
+        folded = [
+            operand.reshape(-1, operand.shape[-1]) if i in mapped else operand
+            for i, operand in enumerate(moved)
+        ]
+        results = primitive.bind(*folded, **params)
+        results = [r.reshape(size, r.shape[0] // size if size else moved[0].shape[1], r.shape[1])
+                   for r in results]  # fmt: skip
+    else:
+
+        def one(batched: Sequence[jax.Array]) -> Any:
+            rest = iter(batched)
+            full = [next(rest) if i in mapped else moved[i] for i in range(len(moved))]
+            return primitive.bind(*full, **params)
+
+        results = jax.lax.map(one, [moved[i] for i in sorted(mapped)])
+    return results, [0] * len(results)
+
+
+batching.primitive_batchers[lora_forward_p] = partial(_batch, lora_forward_p, (0,))
+batching.primitive_batchers[lora_backward_p] = partial(_batch, lora_backward_p, (0, 1, 4))

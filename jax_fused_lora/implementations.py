@@ -1,0 +1,99 @@
+"""Which native libraries loaded, which platform each serves, and why one is missing."""
+
+import dataclasses
+import functools
+import importlib
+import pathlib
+import re
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way of computing the ops.
+
+    Attributes:
+        available: whether it can be named in `implementation=`.
+        platform: the JAX platform it serves, or "any".
+        reason: what it runs on, or why it is missing and what to do about it.
+    """
+
+    available: bool
+    platform: str
+    reason: str
+
+
+def implementations() -> dict[str, Implementation]:
+    """All implementations by name, the missing ones too.
+
+    Returns:
+        `{"cpu": ..., "metal": ..., "cuda": ..., "xla": ...}`. The names are those that the ops
+        take as `implementation=`.
+    """
+    return {
+        "cpu": load("cpu").implementation,
+        "metal": Implementation(False, "cpu", "this version has no Metal backend yet"),
+        "cuda": Implementation(False, "cuda", "this version has no CUDA backend yet"),
+        "xla": Implementation(True, "any", "the same mathematics in jax.numpy, compiled by XLA"),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """A native library: its custom-call targets, registered with XLA, if it is available."""
+
+    implementation: Implementation
+    targets: dict[str, str]  # call → the name it is registered under
+
+
+@functools.cache
+def load(name: str) -> Library:
+    """Loads a native library and registers its targets, once.
+
+    Never raises: what goes wrong becomes the implementation's `reason`.
+    """
+    module_name = f"jax_fused_lora._{name}"
+    try:
+        module: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        return _missing(
+            name,
+            f"the native library {module_name} cannot be loaded ({error}); it is built by "
+            f"`pip install .`, which a source folder on sys.path hides: this package was imported "
+            f"from {pathlib.Path(__file__).parent}",
+        )
+    # Registering a target that was built with newer FFI headers than the running jaxlib's breaks
+    # the whole backend ("Unable to initialize backend 'cpu'"), so look before registering.
+    built, running = tuple(module.ffi_api_version()), running_ffi_api_version()
+    if running is None or built[0] != running[0] or built > running:
+        have = "an unknown version" if running is None else "{}.{}".format(*running)
+        return _missing(
+            name,
+            "the native library was built for XLA FFI {}.{}, jaxlib {} has {}; ".format(
+                *built, jax.lib.__version__, have
+            )
+            + "reinstall jax_fused_lora with `pip install --no-cache-dir` against a jaxlib no "
+            "newer than this one",
+        )
+    targets = {}
+    for call, capsule in module.registrations().items():
+        targets[call] = f"jax_fused_lora.{name}.{call}"
+        jax.ffi.register_ffi_target(targets[call], capsule, platform=name)
+    return Library(Implementation(True, name, f"native code on {module.runs()}"), targets)
+
+
+def running_ffi_api_version() -> tuple[int, int] | None:
+    """The (major, minor) of the running jaxlib's FFI, read from the headers that come with it."""
+    header = pathlib.Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h")
+    try:
+        text = header.read_text()
+    except OSError:
+        return None
+    found = re.findall(r"#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)", text)
+    return (int(found[0]), int(found[1])) if len(found) == 2 else None
+
+
+def _missing(name: str, reason: str) -> Library:
+    return Library(Implementation(False, name, reason), {})

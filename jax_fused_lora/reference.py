@@ -1,0 +1,98 @@
+"""The definition of the two calls in `jax.numpy`, forward and backward.
+
+Every implementation equals these functions, values and gradients. They are also what runs where
+no native code serves, and what `implementation="xla"` means.
+
+Whatever the storage type, sums are taken in float32 (float64 for float64) and rounded once, on
+the way out.
+"""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+
+
+def accumulator(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """The type sums are taken in: float32, or `dtype` where that is wider."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a @ b` for two arrays of one dtype, in the accumulator's type."""
+    return jnp.matmul(a, b, preferred_element_type=accumulator(a.dtype))
+
+
+def forward(
+    x: jax.Array,
+    lora_a: jax.Array,
+    lora_b: jax.Array,
+    kernel: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    scaling: float | jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """`y = x·W + bias + s·(x·A)·B` and `h = x·A`.
+
+    Args:
+        x: `(..., in_features)`.
+        lora_a: `(in_features, rank)`.
+        lora_b: `(rank, out_features)`, in x's dtype or the accumulator's.
+        kernel: `(in_features, out_features)`, or None for the low-rank part alone.
+        bias: `(out_features,)` or None.
+        scaling: a scalar.
+
+    Returns:
+        y `(..., out_features)` in x's dtype and h `(..., rank)` in the accumulator's.
+    """
+    h = dot(x, lora_a)
+    y = scaling * (h @ lora_b.astype(h.dtype))
+    if kernel is not None:
+        y += dot(x, kernel)
+    if bias is not None:
+        y += bias
+    return y.astype(x.dtype), h
+
+
+def backward(
+    g: jax.Array,
+    x: jax.Array,
+    lora_a: jax.Array,
+    lora_b: jax.Array,
+    h: jax.Array,
+    kernel: jax.Array | None = None,
+    *,
+    scaling: float,
+    grads: Iterable[str] = "xab",
+) -> tuple[jax.Array, ...]:
+    """The gradients of `forward` for x, A and B, those that `grads` names, in this order.
+
+    With `t = s·g·Bᵀ`: `dx = g·Wᵀ + t·Aᵀ`, `dA = xᵀ·t`, `dB = s·hᵀ·g` (LoRA: Hu et al., 2021,
+    arXiv:2106.09685, section 4.1 differentiated).
+
+    Args:
+        g: `(rows, out_features)`, the cotangent of y.
+        x: `(rows, in_features)`.
+        lora_a: `(in_features, rank)`.
+        lora_b: `(rank, out_features)`.
+        h: `(rows, rank)`, as `forward` returned it.
+        kernel: `(in_features, out_features)` or None.
+        scaling: a scalar.
+        grads: letters of "xab".
+
+    Returns:
+        The gradients, each in the dtype of its operand.
+    """
+    wide = h.dtype
+    t = scaling * (g.astype(wide) @ lora_b.astype(wide).T)
+    results = []
+    if "x" in grads:
+        dx = t @ lora_a.astype(wide).T
+        if kernel is not None:
+            dx += dot(g, kernel.T)
+        results.append(dx.astype(x.dtype))
+    if "a" in grads:
+        results.append((x.astype(wide).T @ t).astype(lora_a.dtype))
+    if "b" in grads:
+        results.append((scaling * (h.T @ g.astype(wide))).astype(lora_b.dtype))
+    return tuple(results)

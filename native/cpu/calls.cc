@@ -1,0 +1,306 @@
+// The two custom calls on the CPU: how each is cut into blocks, and in which order they run.
+//
+// Forms without W sweep x and y (or g, x and dx) once: a block is a range of rows. With W, for
+// few rows, a block is a range of W's columns (or rows, transposed), and the low-rank part is
+// added when the product of the block is done, its last step.
+
+#include <algorithm>
+#include <memory>
+
+#include "native/backend.h"
+#include "native/calls.h"
+#include "native/cpu/kernels.h"
+#include "native/cpu/parallel.h"
+
+namespace jax_fused_lora {
+namespace {
+
+constexpr int64_t kRowBlock = 32;  // rows of a sweep: x, g and dx of a block share a second cache
+constexpr int64_t kFew = Scratch::kFew;
+
+// Below this many multiplications a second thread costs more than it brings: waking one takes
+// 5 to 10 µs, in which a core multiplies some 500,000 times. Reading W counts for more, since
+// that is memory's time.
+constexpr int64_t kWorthAThread = 400'000;
+
+int64_t Blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
+const Kernels& KernelsFor(ffi::DataType dtype) {
+  switch (dtype) {
+    case ffi::DataType::BF16:
+      return KernelsFor(Storage::kBfloat16);
+    case ffi::DataType::F16:
+      return KernelsFor(Storage::kFloat16);
+    default:
+      return KernelsFor(Storage::kFloat32);
+  }
+}
+
+size_t Width(ffi::DataType dtype) { return dtype == ffi::DataType::F32 ? 4 : 2; }
+
+// `row`s of `columns` elements further on.
+template <class T>
+T* At(T* data, int64_t elements, ffi::DataType dtype) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return static_cast<Byte*>(data) + elements * static_cast<int64_t>(Width(dtype));
+}
+
+// A thread's working memory, allocated the first time the thread takes a block.
+Scratch* ThreadScratch() {
+  thread_local std::unique_ptr<Scratch> scratch(new Scratch);
+  return scratch.get();
+}
+
+// Hands out the parts of the call's workspace.
+class Workspace {
+ public:
+  Workspace(float* data, int64_t size) : data_(data), size_(size) {}
+
+  float* Take(int64_t floats) {
+    float* part = data_ + used_;
+    used_ += floats;
+    return part;
+  }
+
+  ffi::Error Check(const char* call) const {
+    if (used_ <= size_) return ffi::Error::Success();
+    return ffi::Error::InvalidArgument(std::string(call) + ": workspace has " +
+                                       std::to_string(size_) + " floats, needed " +
+                                       std::to_string(used_));
+  }
+
+ private:
+  float* data_;
+  int64_t size_, used_ = 0;
+};
+
+// A range of columns of W as wide as the threads and the scratch allow, in whole panels. Each
+// column is summed in the same order whatever its block, so results do not depend on threads.
+int64_t ColumnBlock(int64_t rows, int64_t columns, int64_t threads) {
+  constexpr int64_t kPanel = Scratch::kPanel;
+  if (rows > kFew) return kPanel;
+  const int64_t share = Blocks(columns, threads * kPanel) * kPanel;
+  return std::clamp<int64_t>(share, kPanel, Scratch::kColumns);
+}
+
+ffi::Error LoraForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer a, ffi::AnyBuffer b,
+                       ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y,
+                       ffi::Result<ffi::AnyBuffer> h, ffi::Result<ffi::AnyBuffer> workspace,
+                       float scaling, std::string_view form) {
+  ForwardCall c;
+  ffi::Error error = ReadForward(x, a, b, rest, y, h, workspace, scaling, form, &c);
+  if (error.failure()) return error;
+
+  const Kernels& kernels = KernelsFor(c.dtype);
+  const bool few = c.m <= kFew;
+  const bool product = c.form == Form::kKernel;
+  Workspace space(c.workspace, c.workspace_size);
+  float* at = few ? nullptr : space.Take(c.k * c.r);
+  float* wide_b = c.b_dtype == ffi::DataType::F32 ? nullptr : space.Take(c.r * c.n);
+  error = space.Check("lora_forward");
+  if (error.failure()) return error;
+  const float* bf = wide_b ? wide_b : static_cast<const float*>(c.b);
+
+  const int64_t work = (c.k + c.n) * c.r * std::max<int64_t>(c.m, 1) +
+                       (product ? c.k * c.n * std::max<int64_t>(c.m, 8) : 0);
+  const int64_t threads = work < kWorthAThread ? 1 : std::max<int64_t>(pool.num_threads(), 1);
+
+  // Phase 0 brings A and B to float32 once for all blocks.
+  constexpr int64_t kTransposeBlock = 256;
+  const int64_t a_blocks = at ? Blocks(c.k, kTransposeBlock) : 0;
+  const int64_t b_blocks = wide_b ? 1 : 0;
+  const auto prepare = [&](int64_t index) {
+    if (index < a_blocks) {
+      const int64_t k0 = index * kTransposeBlock;
+      kernels.transpose(c.a, c.k, c.r, k0, std::min(k0 + kTransposeBlock, c.k), at);
+    } else {
+      KernelsFor(c.b_dtype).widen(c.b, c.r * c.n, wide_b);
+    }
+  };
+  const auto shrink = [&](int64_t m0, int64_t rows) {
+    const void* from = At(c.x, m0 * c.k, c.dtype);
+    if (few) {
+      kernels.shrink_few(from, rows, c.k, c.a, c.r, c.h + m0 * c.r, ThreadScratch());
+    } else {
+      kernels.shrink(from, rows, c.k, at, c.r, 1.0f, c.h + m0 * c.r, ThreadScratch());
+    }
+  };
+
+  // Phase 1: h, and y too where W is not ours to multiply. Phase 2: x·W + bias + s·h·B.
+  const int64_t row_blocks = Blocks(c.m, kRowBlock);
+  const int64_t product_rows = few ? kFew : Scratch::kRows;
+  const int64_t product_blocks = Blocks(c.m, product_rows);
+  const int64_t columns = ColumnBlock(c.m, c.n, threads);
+  const int64_t column_blocks = Blocks(c.n, columns);
+
+  RunPhases(pool, threads,
+            {a_blocks + b_blocks, row_blocks, product ? product_blocks * column_blocks : 0},
+            [&](const Phases& phases, int phase, int64_t index) {
+              if (phase == 0) return prepare(index);
+              if (phase == 1) {
+                phases.WaitBefore(1);
+                const int64_t m0 = index * kRowBlock;
+                const int64_t rows = std::min(kRowBlock, c.m - m0);
+                shrink(m0, rows);
+                if (product) return;
+                kernels.expand(c.h + m0 * c.r, rows, c.r, bf, c.n, c.n, c.scaling,
+                               c.base ? c.base + m0 * c.n : nullptr, c.n,
+                               At(c.y, m0 * c.n, c.dtype), c.n);
+                return;
+              }
+              const int64_t m0 = index % product_blocks * product_rows;
+              const int64_t j0 = index / product_blocks * columns;
+              const int64_t rows = std::min(product_rows, c.m - m0);
+              const int64_t width = std::min(columns, c.n - j0);
+              Scratch* scratch = ThreadScratch();
+              kernels.product(At(c.x, m0 * c.k, c.dtype), rows, c.k, c.kernel, c.n, j0, width,
+                              c.bias, scratch->product, scratch);
+              phases.WaitBefore(2);
+              kernels.expand(c.h + m0 * c.r, rows, c.r, bf + j0, c.n, width, c.scaling,
+                             scratch->product, width, At(c.y, m0 * c.n + j0, c.dtype), c.n);
+            });
+  return ffi::Error::Success();
+}
+
+ffi::Error LoraBackward(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer x, ffi::AnyBuffer a,
+                        ffi::AnyBuffer b, ffi::AnyBuffer h, ffi::RemainingArgs rest,
+                        ffi::RemainingRets results, float scaling, std::string_view form,
+                        std::string_view grads, int64_t slices) {
+  BackwardCall c;
+  ffi::Error error =
+      ReadBackward(g, x, a, b, h, rest, results, scaling, form, grads, slices, &c);
+  if (error.failure()) return error;
+
+  const Kernels& kernels = KernelsFor(c.dtype);
+  const bool product = c.dx && c.form == Form::kKernel;
+  const bool need_t = c.dx || c.da;
+  Workspace space(c.workspace, c.workspace_size);
+  float* at = c.dx ? space.Take(c.r * c.k) : nullptr;
+  float* wide_b = need_t && c.b_dtype != ffi::DataType::F32 ? space.Take(c.r * c.n) : nullptr;
+  float* t = need_t ? space.Take(c.m * c.r) : nullptr;
+  float* da_slices = c.da ? space.Take(c.slices * c.r * c.k) : nullptr;
+  float* db_slices = c.db ? space.Take(c.slices * c.r * c.n) : nullptr;
+  error = space.Check("lora_backward");
+  if (error.failure()) return error;
+  const float* bf = wide_b ? wide_b : static_cast<const float*>(c.b);
+
+  const int64_t work = (c.k + c.n) * c.r * std::max<int64_t>(c.m, 1) * 2 +
+                       (product ? c.k * c.n * std::max<int64_t>(c.m, 8) : 0);
+  const int64_t threads = work < kWorthAThread ? 1 : std::max<int64_t>(pool.num_threads(), 1);
+
+  // Phase 0: Aᵀ and B in float32.
+  constexpr int64_t kTransposeBlock = 256;
+  const int64_t a_blocks = at ? Blocks(c.k, kTransposeBlock) : 0;
+  const int64_t b_blocks = wide_b ? 1 : 0;
+
+  // Phase 1: a slice of rows makes one sweep over its g and x. Each slice sums its own dA and dB,
+  // so that the result does not depend on which thread ran when.
+  const int64_t slice_rows = Blocks(std::max<int64_t>(c.m, 1), c.slices);
+  const auto sweep = [&](int64_t slice) {
+    const int64_t end = std::min((slice + 1) * slice_rows, c.m);
+    float* da = da_slices ? da_slices + slice * c.r * c.k : nullptr;
+    float* db = db_slices ? db_slices + slice * c.r * c.n : nullptr;
+    if (da) std::fill_n(da, c.r * c.k, 0.0f);
+    if (db) std::fill_n(db, c.r * c.n, 0.0f);
+    for (int64_t m0 = slice * slice_rows; m0 < end; m0 += kRowBlock) {
+      const int64_t rows = std::min(kRowBlock, end - m0);
+      const void* gm = At(c.g, m0 * c.n, c.dtype);
+      const void* xm = At(c.x, m0 * c.k, c.dtype);
+      float* tm = t ? t + m0 * c.r : nullptr;
+      if (need_t) kernels.shrink(gm, rows, c.n, bf, c.r, c.scaling, tm, ThreadScratch());
+      if (db) kernels.outer(c.h + m0 * c.r, rows, c.r, gm, c.n, c.scaling, db);
+      if (da) kernels.outer(tm, rows, c.r, xm, c.k, 1.0f, da);
+      if (c.dx && !product) {
+        kernels.expand(tm, rows, c.r, at, c.k, c.k, 1.0f, c.base ? c.base + m0 * c.k : nullptr,
+                       c.k, At(c.dx, m0 * c.k, c.dtype), c.k);
+      }
+    }
+  };
+
+  // Phase 2: the slices' sums, and dx = g·Wᵀ + t·Aᵀ where W is ours to multiply.
+  constexpr int64_t kSumBlock = 1024, kSumRanks = 8;  // columns of dAᵀ; elements of dB
+  const int64_t da_blocks = c.da ? Blocks(c.k, kSumBlock) : 0;
+  const int64_t db_blocks = c.db ? Blocks(c.r * c.n, kSumBlock * kSumRanks) : 0;
+  const int64_t columns = Scratch::kPanel;
+  const int64_t product_blocks = Blocks(c.m, Scratch::kRows);
+  const int64_t dx_blocks = product ? product_blocks * Blocks(c.k, columns) : 0;
+
+  RunPhases(
+      pool, threads, {a_blocks + b_blocks, c.slices, dx_blocks + da_blocks + db_blocks},
+      [&](const Phases& phases, int phase, int64_t index) {
+        if (phase == 0) {
+          if (index < a_blocks) {
+            const int64_t k0 = index * kTransposeBlock;
+            kernels.transpose(c.a, c.k, c.r, k0, std::min(k0 + kTransposeBlock, c.k), at);
+          } else {
+            KernelsFor(c.b_dtype).widen(c.b, c.r * c.n, wide_b);
+          }
+          return;
+        }
+        if (phase == 1) {
+          phases.WaitBefore(1);
+          return sweep(index);
+        }
+        if (index < dx_blocks) {
+          const int64_t m0 = index % product_blocks * int64_t{Scratch::kRows};
+          const int64_t k0 = index / product_blocks * columns;
+          const int64_t rows = std::min<int64_t>(Scratch::kRows, c.m - m0);
+          const int64_t width = std::min(columns, c.k - k0);
+          Scratch* scratch = ThreadScratch();
+          kernels.product_transposed(At(c.g, m0 * c.n, c.dtype), rows, c.n, c.kernel, k0, width,
+                                     scratch->product, scratch);
+          phases.WaitBefore(2);
+          kernels.expand(t + m0 * c.r, rows, c.r, at + k0, c.k, width, 1.0f, scratch->product,
+                         width, At(c.dx, m0 * c.k + k0, c.dtype), c.k);
+          return;
+        }
+        phases.WaitBefore(2);
+        index -= dx_blocks;
+        if (index < da_blocks) {
+          const int64_t k0 = index * kSumBlock;
+          kernels.sum_transposed(da_slices, c.slices, c.r * c.k, c.k, c.r, k0,
+                                 std::min(k0 + kSumBlock, c.k), c.da);
+        } else {
+          const int64_t i0 = (index - da_blocks) * kSumBlock * kSumRanks;
+          KernelsFor(c.b_dtype).sum(db_slices, c.slices, c.r * c.n, i0,
+                                    std::min(i0 + kSumBlock * kSumRanks, c.r * c.n), c.db);
+        }
+      });
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER(kForward, LoraForward,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::AnyBuffer>()  // x
+                           .Arg<ffi::AnyBuffer>()  // lora_a
+                           .Arg<ffi::AnyBuffer>()  // lora_b
+                           .RemainingArgs()        // kernel [, bias] or base
+                           .Ret<ffi::AnyBuffer>()  // y
+                           .Ret<ffi::AnyBuffer>()  // h
+                           .Ret<ffi::AnyBuffer>()  // workspace
+                           .Attr<float>("scaling")
+                           .Attr<std::string_view>("form"));
+
+XLA_FFI_DEFINE_HANDLER(kBackward, LoraBackward,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::AnyBuffer>()  // g
+                           .Arg<ffi::AnyBuffer>()  // x
+                           .Arg<ffi::AnyBuffer>()  // lora_a
+                           .Arg<ffi::AnyBuffer>()  // lora_b
+                           .Arg<ffi::AnyBuffer>()  // h
+                           .RemainingArgs()        // kernel or base
+                           .RemainingRets()        // [dx,] [da,] [db,] workspace
+                           .Attr<float>("scaling")
+                           .Attr<std::string_view>("form")
+                           .Attr<std::string_view>("grads")
+                           .Attr<int64_t>("slices"));
+
+}  // namespace
+
+Backend ThisBackend() {
+  return {reinterpret_cast<void*>(kForward), reinterpret_cast<void*>(kBackward), InstructionSet()};
+}
+
+}  // namespace jax_fused_lora

@@ -1,0 +1,76 @@
+// The SIMD kernels of the CPU backend, as a table of functions for one storage type T, chosen for
+// the running machine's instruction set. `void*` operands hold T; everything computed on the way
+// is float32. Matrices are row-major; a kernel works on the rows or columns its caller names and
+// knows nothing of threads.
+#ifndef JAX_FUSED_LORA_NATIVE_CPU_KERNELS_H_
+#define JAX_FUSED_LORA_NATIVE_CPU_KERNELS_H_
+
+#include <cstddef>
+#include <cstdint>
+
+namespace jax_fused_lora {
+
+// One thread's working memory. Sized so that a packed panel of W stays in a second-level cache.
+struct alignas(64) Scratch {
+  static constexpr size_t kRows = 64;       // rows of x that a block of a product takes
+  static constexpr size_t kDepth = 512;     // elements of a row taken at a time
+  static constexpr size_t kPanel = 64;      // columns of W packed at a time
+  static constexpr size_t kColumns = 2048;  // columns of W that a block of few rows takes
+  static constexpr size_t kFew = 4;         // rows up to which W is read in place
+
+  float product[kRows * kPanel > kFew * kColumns ? kRows * kPanel : kFew * kColumns];
+  float panel[kDepth * kPanel];
+  float rows[kRows * kDepth];  // a 16-bit operand's rows, widened
+};
+
+struct Kernels {
+  // h (m, r) = x (m, k) · a (k, r), for few rows: a is read as it lies.
+  void (*shrink_few)(const void* x, size_t m, size_t k, const void* a, size_t r, float* h,
+                     Scratch* scratch);
+
+  // at (r, k)[:, k0:k1] = aᵀ, a (k, r).
+  void (*transpose)(const void* a, size_t k, size_t r, size_t k0, size_t k1, float* at);
+
+  // n elements to float32.
+  void (*widen)(const void* from, size_t n, float* to);
+
+  // h (m, r) = scale · x (m, k) · atᵀ, at (r, k).
+  void (*shrink)(const void* x, size_t m, size_t k, const float* at, size_t r, float scale,
+                 float* h, Scratch* scratch);
+
+  // y (m, n) = init + scale · h (m, r) · b (r, n) with row distances for b, init and y. `init`
+  // may be null, and may be y where T is float32.
+  void (*expand)(const float* h, size_t m, size_t r, const float* b, size_t b_row, size_t n,
+                 float scale, const float* init, size_t init_row, void* y, size_t y_row);
+
+  // out (r, n) += scale · hᵀ · g, h (m, r), g (m, n).
+  void (*outer)(const float* h, size_t m, size_t r, const void* g, size_t n, float scale,
+                float* out);
+
+  // out (m, columns) = x (m, k) · w (k, n)[:, j0 : j0 + columns] + bias[j0 : j0 + columns].
+  // m ≤ kFew and columns ≤ kColumns, or m ≤ kRows and columns ≤ kPanel.
+  void (*product)(const void* x, size_t m, size_t k, const void* w, size_t n, size_t j0,
+                  size_t columns, const void* bias, float* out, Scratch* scratch);
+
+  // out (m, columns) = g (m, n) · w (k, n)[k0 : k0 + columns]ᵀ, m ≤ kRows.
+  void (*product_transposed)(const void* g, size_t m, size_t n, const void* w, size_t k0,
+                             size_t columns, float* out, Scratch* scratch);
+
+  // out[i0:i1] = Σ over `slices` of partial[slice · stride + i].
+  void (*sum)(const float* partial, size_t slices, size_t stride, size_t i0, size_t i1, void* out);
+
+  // out (k, r)[k0:k1] = Σ over `slices` of partialᵀ, partial (r, k).
+  void (*sum_transposed)(const float* partial, size_t slices, size_t stride, size_t k, size_t r,
+                         size_t k0, size_t k1, void* out);
+};
+
+enum class Storage { kFloat32, kBfloat16, kFloat16 };
+
+const Kernels& KernelsFor(Storage storage);
+
+// The name of the instruction set in use.
+const char* InstructionSet();
+
+}  // namespace jax_fused_lora
+
+#endif  // JAX_FUSED_LORA_NATIVE_CPU_KERNELS_H_

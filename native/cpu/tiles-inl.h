@@ -1,0 +1,229 @@
+// The two register-tiled products that every pass is made of.
+//
+//   Nn: out[i, j] = init[i, j] + scale · Σ_p a(i, p) · b[p, j]     b's rows run along j
+//   Nt: out[i, j] = scale · Σ_p a[i, p] · b[j, p]  (+ out[i, j])   both run along p
+//
+// In each the vectors lie along a long axis (in_features or out_features), never along the rank:
+// so a rank of 1 or 13 wastes no lane, and 16-bit operands are widened in registers.
+#if defined(JAX_FUSED_LORA_CPU_TILES_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef JAX_FUSED_LORA_CPU_TILES_INL_H_
+#undef JAX_FUSED_LORA_CPU_TILES_INL_H_
+#else
+#define JAX_FUSED_LORA_CPU_TILES_INL_H_
+#endif
+
+#include "native/cpu/convert-inl.h"
+
+// Register tiles are arrays of vectors: the loops over them must vanish.
+#undef JAX_FUSED_LORA_UNROLL
+#if HWY_COMPILER_CLANG
+#define JAX_FUSED_LORA_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define JAX_FUSED_LORA_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace jax_fused_lora {
+namespace HWY_NAMESPACE {
+
+// 6 × 4 accumulators and a row of b fill the 32 registers of AVX-512 and Arm, 3 × 4 (6 × 2 for
+// Nn, whose broadcasts fold into the multiply) the 16 of older x86.
+#if HWY_ARCH_X86 && HWY_TARGET > HWY_AVX3
+constexpr size_t kNnRows = 6, kNnVecs = 2, kNtRows = 3, kNtCols = 4;
+#else
+constexpr size_t kNnRows = 6, kNnVecs = 4, kNtRows = 6, kNtCols = 4;
+#endif
+
+// A float32 operand read element by element.
+struct Scalars {
+  const float* data;
+  size_t row, step;  // distance between rows, and between the elements of a row
+};
+
+// A matrix whose rows are contiguous.
+template <class T>
+struct Rows {
+  T* data;
+  size_t row;
+};
+
+template <size_t kRows, size_t kVecs, bool kTail, class TB, class TO>
+HWY_INLINE void NnTile(size_t k, Scalars a, Rows<const TB> b, float scale, Rows<const float> init,
+                       Rows<TO> out, size_t columns) {
+  const DF d;
+  VF acc[kRows][kVecs];
+  JAX_FUSED_LORA_UNROLL
+  for (size_t i = 0; i < kRows; ++i) {
+    JAX_FUSED_LORA_UNROLL
+    for (size_t j = 0; j < kVecs; ++j) acc[i][j] = hn::Zero(d);
+  }
+  for (size_t p = 0; p < k; ++p) {
+    VF bv[kVecs];
+    JAX_FUSED_LORA_UNROLL
+    for (size_t j = 0; j < kVecs; ++j) {
+      const TB* from = b.data + p * b.row + j * kLanes;
+      bv[j] = kTail ? LoadFloatN(from, columns) : LoadFloat(from);
+    }
+    JAX_FUSED_LORA_UNROLL
+    for (size_t i = 0; i < kRows; ++i) {
+      const VF av = hn::Set(d, a.data[i * a.row + p * a.step]);
+      JAX_FUSED_LORA_UNROLL
+      for (size_t j = 0; j < kVecs; ++j) acc[i][j] = hn::MulAdd(av, bv[j], acc[i][j]);
+    }
+  }
+  const VF vscale = hn::Set(d, scale);
+  JAX_FUSED_LORA_UNROLL
+  for (size_t i = 0; i < kRows; ++i) {
+    JAX_FUSED_LORA_UNROLL
+    for (size_t j = 0; j < kVecs; ++j) {
+      VF start = hn::Zero(d);
+      if (init.data != nullptr) {
+        const float* from = init.data + i * init.row + j * kLanes;
+        start = kTail ? LoadFloatN(from, columns) : LoadFloat(from);
+      }
+      const VF v = hn::MulAdd(acc[i][j], vscale, start);
+      TO* to = out.data + i * out.row + j * kLanes;
+      if (kTail) {
+        StoreFloatN(v, to, columns);
+      } else {
+        StoreFloat(v, to);
+      }
+    }
+  }
+}
+
+template <size_t kVecs, bool kTail, class TB, class TO>
+HWY_INLINE void NnPanel(size_t m, size_t k, Scalars a, Rows<const TB> b, float scale,
+                        Rows<const float> init, Rows<TO> out, size_t columns) {
+  const auto tile = [&](auto rows) HWY_ATTR {
+    NnTile<decltype(rows)::value, kVecs, kTail>(k, a, b, scale, init, out, columns);
+    a.data += decltype(rows)::value * a.row;
+    if (init.data != nullptr) init.data += decltype(rows)::value * init.row;
+    out.data += decltype(rows)::value * out.row;
+    m -= decltype(rows)::value;
+  };
+  while (m >= kNnRows) tile(std::integral_constant<size_t, kNnRows>());
+  if (m >= 4) tile(std::integral_constant<size_t, 4>());
+  if (m >= 2) tile(std::integral_constant<size_t, 2>());
+  if (m >= 1) tile(std::integral_constant<size_t, 1>());
+}
+
+// out (m, n) = init + scale · a (m, k) · b (k, n). `init` may be null (zero), may repeat one row
+// (row distance 0), and may be `out` itself.
+template <class TB, class TO>
+HWY_INLINE void Nn(size_t m, size_t n, size_t k, Scalars a, Rows<const TB> b, float scale,
+                   Rows<const float> init, Rows<TO> out) {
+  size_t j = 0;
+  const auto panel = [&](auto vecs, auto tail) HWY_ATTR {
+    const Rows<const float> from = {init.data == nullptr ? nullptr : init.data + j, init.row};
+    NnPanel<decltype(vecs)::value, decltype(tail)::value, TB, TO>(
+        m, k, a, {b.data + j, b.row}, scale, from, {out.data + j, out.row}, n - j);
+    j += decltype(vecs)::value * kLanes;
+  };
+  while (j + kNnVecs * kLanes <= n) {
+    panel(std::integral_constant<size_t, kNnVecs>(), std::false_type());
+  }
+  while (j + kLanes <= n) panel(std::integral_constant<size_t, 1>(), std::false_type());
+  if (j < n) panel(std::integral_constant<size_t, 1>(), std::true_type());
+}
+
+// The four sums of four vectors' lanes. A shuffle tree: 24 calls of SumOfLanes cost a tile of
+// Nt more than a third of its multiplications.
+HWY_INLINE void StoreSums(VF a, VF b, VF c, VF e, float scale, bool add, float* out) {
+#if HWY_TARGET == HWY_SCALAR
+  const VF sums[4] = {a, b, c, e};
+  for (size_t i = 0; i < 4; ++i) {
+    out[i] = scale * hn::GetLane(sums[i]) + (add ? out[i] : 0.0f);
+  }
+#else
+  const DF d;
+  const hn::Repartition<uint64_t, DF> d64;
+  const VF ab = hn::Add(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b));
+  const VF ce = hn::Add(hn::InterleaveLower(d, c, e), hn::InterleaveUpper(d, c, e));
+  const auto ab64 = hn::BitCast(d64, ab), ce64 = hn::BitCast(d64, ce);
+  const VF blocks = hn::Add(hn::BitCast(d, hn::InterleaveLower(d64, ab64, ce64)),
+                            hn::BitCast(d, hn::InterleaveUpper(d64, ab64, ce64)));
+  HWY_ALIGN float lanes[kLanes];
+  hn::Store(blocks, d, lanes);  // each 128-bit block holds a partial sum of a, b, c and e
+  const hn::FixedTag<float, 4> d4;
+  auto sum = hn::Load(d4, lanes);
+  for (size_t block = 4; block < kLanes; block += 4) {
+    sum = hn::Add(sum, hn::Load(d4, lanes + block));
+  }
+  sum = hn::Mul(sum, hn::Set(d4, scale));
+  hn::StoreU(add ? hn::Add(sum, hn::LoadU(d4, out)) : sum, d4, out);
+#endif
+}
+
+template <size_t kRows, size_t kCols, class TB>
+HWY_INLINE void NtTile(size_t k, Rows<const float> a, Rows<const TB> b, float scale, bool add,
+                       Rows<float> out) {
+  const DF d;
+  VF acc[kRows][4];  // unused columns of a narrow tile stay zero
+  JAX_FUSED_LORA_UNROLL
+  for (size_t i = 0; i < kRows; ++i) {
+    JAX_FUSED_LORA_UNROLL
+    for (size_t j = 0; j < 4; ++j) acc[i][j] = hn::Zero(d);
+  }
+  const auto step = [&](size_t p, auto tail) HWY_ATTR {
+    VF bv[kCols];
+    JAX_FUSED_LORA_UNROLL
+    for (size_t j = 0; j < kCols; ++j) {
+      const TB* from = b.data + j * b.row + p;
+      bv[j] = decltype(tail)::value ? LoadFloatN(from, k - p) : LoadFloat(from);
+    }
+    JAX_FUSED_LORA_UNROLL
+    for (size_t i = 0; i < kRows; ++i) {
+      const float* from = a.data + i * a.row + p;
+      const VF av = decltype(tail)::value ? LoadFloatN(from, k - p) : LoadFloat(from);
+      JAX_FUSED_LORA_UNROLL
+      for (size_t j = 0; j < kCols; ++j) acc[i][j] = hn::MulAdd(av, bv[j], acc[i][j]);
+    }
+  };
+  size_t p = 0;
+  for (; p + kLanes <= k; p += kLanes) step(p, std::false_type());
+  if (p < k) step(p, std::true_type());
+  JAX_FUSED_LORA_UNROLL
+  for (size_t i = 0; i < kRows; ++i) {
+    float* to = out.data + i * out.row;
+    if (kCols == 4) {
+      StoreSums(acc[i][0], acc[i][1], acc[i][2], acc[i][3], scale, add, to);
+    } else {
+      float sums[4];
+      StoreSums(acc[i][0], acc[i][1], acc[i][2], acc[i][3], scale, false, sums);
+      for (size_t j = 0; j < kCols; ++j) to[j] = add ? to[j] + sums[j] : sums[j];
+    }
+  }
+}
+
+// out (m, n) = scale · a (m, k) · b (n, k)ᵀ, added to what is there if `add`. Columns of b are
+// the outer loop of a row tile: a's rows stay in the first cache while b streams past.
+template <class TB>
+HWY_INLINE void Nt(size_t m, size_t n, size_t k, Rows<const float> a, Rows<const TB> b,
+                   float scale, bool add, Rows<float> out) {
+  const auto row_tile = [&](size_t i, auto rows) HWY_ATTR {
+    const Rows<const float> ai = {a.data + i * a.row, a.row};
+    size_t j = 0;
+    const auto tile = [&](auto cols) HWY_ATTR {
+      NtTile<decltype(rows)::value, decltype(cols)::value, TB>(
+          k, ai, {b.data + j * b.row, b.row}, scale, add, {out.data + i * out.row + j, out.row});
+      j += decltype(cols)::value;
+    };
+    while (j + kNtCols <= n) tile(std::integral_constant<size_t, kNtCols>());
+    if (n - j >= 2) tile(std::integral_constant<size_t, 2>());
+    if (n - j >= 1) tile(std::integral_constant<size_t, 1>());
+  };
+  size_t i = 0;
+  for (; i + kNtRows <= m; i += kNtRows) {
+    row_tile(i, std::integral_constant<size_t, kNtRows>());
+  }
+  if (m - i >= 4) row_tile(i, std::integral_constant<size_t, 4>()), i += 4;
+  if (m - i >= 2) row_tile(i, std::integral_constant<size_t, 2>()), i += 2;
+  if (m - i >= 1) row_tile(i, std::integral_constant<size_t, 1>());
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace jax_fused_lora
+HWY_AFTER_NAMESPACE();
+
+#endif  // include guard
