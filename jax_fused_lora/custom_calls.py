@@ -102,7 +102,7 @@ def _native_forward(
     implementation: str | None,
 ) -> Any:
     (m, k), (r, n) = x.shape, lora_b.shape
-    form = forms.forward_form(m, k, n, r, x.dtype, bool(rest))
+    form = forms.forward_form(m, k, n, r, x.dtype, has_kernel=bool(rest))
     if form == "xla" and implementation is None:
         return reference.forward(x, lora_a, lora_b, *rest, scaling=scaling)
     if form == "base" and rest:
@@ -111,15 +111,17 @@ def _native_forward(
     elif form == "xla":  # native code was asked for by name
         form = "kernel" if rest else "delta"
     in_place = form == "base" and x.dtype == jnp.float32
+    slices = _product_slices(m, k, n, x.dtype.itemsize) if form == "kernel" else 0
     y, h, _ = jax.ffi.ffi_call(
         load(library).targets["lora_forward"],
         (
             jax.ShapeDtypeStruct((m, n), x.dtype),
             jax.ShapeDtypeStruct((m, r), jnp.float32),
-            _workspace(r * (k + n)),
+            _workspace(r * (k + n) + slices * m * n),
         ),
         input_output_aliases={3: 0} if in_place else None,
-    )(x, lora_a, lora_b, *rest, scaling=np.float32(scaling), form=form)
+    )(x, lora_a, lora_b, *rest,
+      scaling=np.float32(scaling), form=form, slices=np.int64(max(slices, 1)))  # fmt: skip
     return y, h
 
 
@@ -136,7 +138,7 @@ def _native_backward(
     implementation: str | None,
 ) -> Any:
     (m, k), (r, n) = x.shape, lora_b.shape
-    form = forms.backward_form(m, k, n, r, x.dtype, bool(rest))
+    form = forms.backward_form(m, k, n, r, x.dtype, has_kernel=bool(rest))
     if form == "xla" and implementation is None:
         return reference.backward(
             g, x, lora_a, lora_b, h, *rest, scaling=scaling, grads=grads
@@ -146,7 +148,7 @@ def _native_backward(
     elif form == "xla":
         form = "kernel" if rest else "delta"
     shapes = {"x": x, "a": lora_a, "b": lora_b}
-    slices = _slices(m)
+    slices = _row_slices(m)
     results = jax.ffi.ffi_call(
         load(library).targets["lora_backward"],
         (
@@ -164,7 +166,18 @@ def _workspace(floats: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((floats,), jnp.float32)
 
 
-def _slices(m: int) -> int:
+def _product_slices(m: int, k: int, n: int, itemsize: int) -> int:
+    """Slices of k that sum x·W separately: enough blocks for all cores, each worth handing out.
+
+    For few rows a slice is a megabyte of W, read from end to end (a thread that reads half of
+    every row instead looks up twice the pages: bfloat16, 1×2048→2048, 1.3 times the time).
+    """
+    if m <= 4:
+        return max(1, min(k * n * itemsize >> 20, 16, k // 64))
+    return max(1, min(2048 // max(n, 1), 4, k // 256)) if m <= 64 else 1
+
+
+def _row_slices(m: int) -> int:
     """Row slices that sum dA and dB separately: two a core, of at least 64 rows each."""
     return max(1, min(2 * (os.cpu_count() or 1), m // 64))
 

@@ -10,11 +10,12 @@ A call without W ("delta") is native or "xla".
 """
 
 import jax
-import jax.numpy as jnp
+
+PLATFORMS = ("cpu",)  # those whose rule is here
 
 
 def forward_form(
-    m: int, k: int, n: int, r: int, dtype: jax.typing.DTypeLike, has_kernel: bool
+    m: int, k: int, n: int, r: int, dtype: jax.typing.DTypeLike, *, has_kernel: bool
 ) -> str:
     """The form of `lora_forward` on the CPU: "delta", "kernel", "base" or "xla"."""
     if not has_kernel:
@@ -23,7 +24,7 @@ def forward_form(
 
 
 def backward_form(
-    m: int, k: int, n: int, r: int, dtype: jax.typing.DTypeLike, has_kernel: bool
+    m: int, k: int, n: int, r: int, dtype: jax.typing.DTypeLike, *, has_kernel: bool
 ) -> str:
     """The form of `lora_backward` on the CPU: "delta", "kernel", "base" or "xla"."""
     if not has_kernel:

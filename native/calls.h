@@ -31,6 +31,7 @@ struct ForwardCall {
   ffi::DataType b_dtype;  // of B: dtype, or float32 where a traced scaling was folded into it
   Form form = Form::kDelta;
   float scaling = 1;
+  int64_t slices = 1;            // x·W is summed over this many slices of k, then over the slices
   const void* x = nullptr;       // (m, k)
   const void* a = nullptr;       // (k, r)
   const void* b = nullptr;       // (r, n)
@@ -163,6 +164,11 @@ class Checker {
     return Form::kDelta;
   }
 
+  int64_t Slices(int64_t slices) {
+    if (slices < 1) Fail("slices is " + std::to_string(slices) + ", needed at least 1");
+    return slices;
+  }
+
   void Count(size_t got, size_t least, size_t most, std::string_view what) {
     if (got < least || got > most) {
       Fail("got " + std::to_string(got) + " " + std::string(what) + ", needed " +
@@ -188,13 +194,15 @@ class Checker {
 inline ffi::Error ReadForward(ffi::AnyBuffer x, ffi::AnyBuffer a, ffi::AnyBuffer b,
                               ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y,
                               ffi::Result<ffi::AnyBuffer> h, ffi::Result<ffi::AnyBuffer> workspace,
-                              float scaling, std::string_view form, ForwardCall* call) {
+                              float scaling, std::string_view form, int64_t slices,
+                              ForwardCall* call) {
   internal::Checker check("lora_forward");
   ForwardCall& c = *call;
   c.dtype = x.element_type();
   c.b_dtype = check.AdapterB(b, c.dtype);
   c.scaling = scaling;
   c.form = check.ReadForm(form);
+  c.slices = check.Slices(slices);
   check.Storage(c.dtype, "x");
   std::tie(c.m, c.k) = check.Matrix(x, "x");
   c.r = check.Matrix(a, "lora_a").second;
@@ -242,8 +250,7 @@ inline ffi::Error ReadBackward(ffi::AnyBuffer g, ffi::AnyBuffer x, ffi::AnyBuffe
   c.b_dtype = check.AdapterB(b, c.dtype);
   c.scaling = scaling;
   c.form = check.ReadForm(form);
-  c.slices = slices;
-  if (slices < 1) check.Fail("slices is " + std::to_string(slices) + ", needed at least 1");
+  c.slices = check.Slices(slices);
   check.Storage(c.dtype, "x");
   std::tie(c.m, c.k) = check.Matrix(x, "x");
   c.r = check.Matrix(a, "lora_a").second;

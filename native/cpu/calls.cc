@@ -1,8 +1,8 @@
 // The two custom calls on the CPU: how each is cut into blocks, and in which order they run.
 //
-// Forms without W sweep x and y (or g, x and dx) once: a block is a range of rows. With W, for
-// few rows, a block is a range of W's columns (or rows, transposed), and the low-rank part is
-// added when the product of the block is done, its last step.
+// Forms without W sweep x and y (or g, x and dx) once: a block is a range of rows. With W, a block
+// is a part of W, read once and contiguously, and the low-rank part is added to the sum of the
+// blocks as the product's last step.
 
 #include <algorithm>
 #include <memory>
@@ -17,6 +17,13 @@ namespace {
 
 constexpr int64_t kRowBlock = 32;  // rows of a sweep: x, g and dx of a block share a second cache
 constexpr int64_t kFew = Scratch::kFew;
+constexpr int64_t kProductRows = Scratch::kRows;
+constexpr int64_t kTransposeBlock = 256;  // rows of A
+
+// Columns of W in a block of x·W: as long a read as can be for few rows, whose sums of 16 KiB a
+// row are near enough; for many rows their sums (64 × 256) shall stay in the second cache.
+constexpr int64_t kFewColumns = 4096;
+constexpr int64_t kManyColumns = 256;
 
 // Below this many multiplications a second thread costs more than it brings: waking one takes
 // 5 to 10 µs, in which a core multiplies some 500,000 times. Reading W counts for more, since
@@ -74,21 +81,12 @@ class Workspace {
   int64_t size_, used_ = 0;
 };
 
-// A range of columns of W as wide as the threads and the scratch allow, in whole panels. Each
-// column is summed in the same order whatever its block, so results do not depend on threads.
-int64_t ColumnBlock(int64_t rows, int64_t columns, int64_t threads) {
-  constexpr int64_t kPanel = Scratch::kPanel;
-  if (rows > kFew) return kPanel;
-  const int64_t share = Blocks(columns, threads * kPanel) * kPanel;
-  return std::clamp<int64_t>(share, kPanel, Scratch::kColumns);
-}
-
 ffi::Error LoraForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer a, ffi::AnyBuffer b,
                        ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y,
                        ffi::Result<ffi::AnyBuffer> h, ffi::Result<ffi::AnyBuffer> workspace,
-                       float scaling, std::string_view form) {
+                       float scaling, std::string_view form, int64_t slices) {
   ForwardCall c;
-  ffi::Error error = ReadForward(x, a, b, rest, y, h, workspace, scaling, form, &c);
+  ffi::Error error = ReadForward(x, a, b, rest, y, h, workspace, scaling, form, slices, &c);
   if (error.failure()) return error;
 
   const Kernels& kernels = KernelsFor(c.dtype);
@@ -97,6 +95,7 @@ ffi::Error LoraForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer a,
   Workspace space(c.workspace, c.workspace_size);
   float* at = few ? nullptr : space.Take(c.k * c.r);
   float* wide_b = c.b_dtype == ffi::DataType::F32 ? nullptr : space.Take(c.r * c.n);
+  float* partial = product ? space.Take(c.slices * c.m * c.n) : nullptr;
   error = space.Check("lora_forward");
   if (error.failure()) return error;
   const float* bf = wide_b ? wide_b : static_cast<const float*>(c.b);
@@ -105,59 +104,73 @@ ffi::Error LoraForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer a,
                        (product ? c.k * c.n * std::max<int64_t>(c.m, 8) : 0);
   const int64_t threads = work < kWorthAThread ? 1 : std::max<int64_t>(pool.num_threads(), 1);
 
-  // Phase 0 brings A and B to float32 once for all blocks.
-  constexpr int64_t kTransposeBlock = 256;
+  // What needs nothing but operands: A and B in float32, and x·W in blocks of a slice of k, a
+  // range of columns and a range of rows.
   const int64_t a_blocks = at ? Blocks(c.k, kTransposeBlock) : 0;
   const int64_t b_blocks = wide_b ? 1 : 0;
+  const int64_t row_ranges = Blocks(c.m, kProductRows);
+  const int64_t columns = few ? kFewColumns : kManyColumns;
+  const int64_t column_ranges = Blocks(c.n, columns);
+  const int64_t depth = Blocks(c.k, c.slices);
   const auto prepare = [&](int64_t index) {
     if (index < a_blocks) {
       const int64_t k0 = index * kTransposeBlock;
       kernels.transpose(c.a, c.k, c.r, k0, std::min(k0 + kTransposeBlock, c.k), at);
-    } else {
-      KernelsFor(c.b_dtype).widen(c.b, c.r * c.n, wide_b);
+      return;
     }
-  };
-  const auto shrink = [&](int64_t m0, int64_t rows) {
-    const void* from = At(c.x, m0 * c.k, c.dtype);
-    if (few) {
-      kernels.shrink_few(from, rows, c.k, c.a, c.r, c.h + m0 * c.r, ThreadScratch());
-    } else {
-      kernels.shrink(from, rows, c.k, at, c.r, 1.0f, c.h + m0 * c.r, ThreadScratch());
-    }
+    index -= a_blocks;
+    if (index < b_blocks) return KernelsFor(c.b_dtype).widen(c.b, c.r * c.n, wide_b);
+    index -= b_blocks;
+    const int64_t m0 = index % row_ranges * kProductRows;
+    const int64_t j0 = index / row_ranges % column_ranges * columns;
+    const int64_t slice = index / row_ranges / column_ranges;
+    kernels.product(At(c.x, m0 * c.k, c.dtype), std::min(kProductRows, c.m - m0), c.k,
+                    std::min(slice * depth, c.k), std::min((slice + 1) * depth, c.k), c.kernel,
+                    c.n, j0, std::min(columns, c.n - j0),
+                    partial + (slice * c.m + m0) * c.n + j0, c.n, ThreadScratch());
   };
 
-  // Phase 1: h, and y too where W is not ours to multiply. Phase 2: x·W + bias + s·h·B.
-  const int64_t row_blocks = Blocks(c.m, kRowBlock);
-  const int64_t product_rows = few ? kFew : Scratch::kRows;
-  const int64_t product_blocks = Blocks(c.m, product_rows);
-  const int64_t columns = ColumnBlock(c.m, c.n, threads);
-  const int64_t column_blocks = Blocks(c.n, columns);
+  // h, and where W is not ours to multiply y too: one sweep.
+  const auto sweep = [&](int64_t index) {
+    const int64_t m0 = index * kRowBlock;
+    const int64_t rows = std::min(kRowBlock, c.m - m0);
+    const void* from = At(c.x, m0 * c.k, c.dtype);
+    float* to = c.h + m0 * c.r;
+    if (few) {
+      kernels.shrink_few(from, rows, c.k, c.a, c.r, to, ThreadScratch());
+    } else {
+      kernels.shrink(from, rows, c.k, at, c.r, 1.0f, to, ThreadScratch());
+    }
+    if (product) return;
+    kernels.expand(to, rows, c.r, bf, c.n, c.n, c.scaling, c.base ? c.base + m0 * c.n : nullptr,
+                   c.n, At(c.y, m0 * c.n, c.dtype), c.n);
+  };
+
+  // The sum of the slices, bias and low-rank part of a block of y, rounded once.
+  const int64_t finish_rows = few ? kFew : kProductRows;
+  const int64_t finish_columns = Scratch::kSums / finish_rows;
+  const int64_t finish_ranges = Blocks(c.m, finish_rows);
+  const auto finish = [&](int64_t index) {
+    const int64_t m0 = index % finish_ranges * finish_rows;
+    const int64_t j0 = index / finish_ranges * finish_columns;
+    const int64_t rows = std::min(finish_rows, c.m - m0);
+    const int64_t width = std::min(finish_columns, c.n - j0);
+    float* sums = ThreadScratch()->sums;
+    kernels.gather(partial + m0 * c.n + j0, c.slices, c.m * c.n, rows, c.n, width,
+                   c.bias ? At(c.bias, j0, c.dtype) : nullptr, sums);
+    kernels.expand(c.h + m0 * c.r, rows, c.r, bf + j0, c.n, width, c.scaling, sums, width,
+                   At(c.y, m0 * c.n + j0, c.dtype), c.n);
+  };
 
   RunPhases(pool, threads,
-            {a_blocks + b_blocks, row_blocks, product ? product_blocks * column_blocks : 0},
+            {a_blocks + b_blocks + (product ? c.slices * column_ranges * row_ranges : 0),
+             Blocks(c.m, kRowBlock),
+             product ? finish_ranges * Blocks(c.n, finish_columns) : 0},
             [&](const Phases& phases, int phase, int64_t index) {
               if (phase == 0) return prepare(index);
-              if (phase == 1) {
-                phases.WaitBefore(1);
-                const int64_t m0 = index * kRowBlock;
-                const int64_t rows = std::min(kRowBlock, c.m - m0);
-                shrink(m0, rows);
-                if (product) return;
-                kernels.expand(c.h + m0 * c.r, rows, c.r, bf, c.n, c.n, c.scaling,
-                               c.base ? c.base + m0 * c.n : nullptr, c.n,
-                               At(c.y, m0 * c.n, c.dtype), c.n);
-                return;
-              }
-              const int64_t m0 = index % product_blocks * product_rows;
-              const int64_t j0 = index / product_blocks * columns;
-              const int64_t rows = std::min(product_rows, c.m - m0);
-              const int64_t width = std::min(columns, c.n - j0);
-              Scratch* scratch = ThreadScratch();
-              kernels.product(At(c.x, m0 * c.k, c.dtype), rows, c.k, c.kernel, c.n, j0, width,
-                              c.bias, scratch->product, scratch);
-              phases.WaitBefore(2);
-              kernels.expand(c.h + m0 * c.r, rows, c.r, bf + j0, c.n, width, c.scaling,
-                             scratch->product, width, At(c.y, m0 * c.n + j0, c.dtype), c.n);
+              // The few rows' shrink reads A as it lies.
+              if (phase > 1 || at || !product) phases.WaitBefore(phase);
+              return phase == 1 ? sweep(index) : finish(index);
             });
   return ffi::Error::Success();
 }
@@ -189,7 +202,6 @@ ffi::Error LoraBackward(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer x
   const int64_t threads = work < kWorthAThread ? 1 : std::max<int64_t>(pool.num_threads(), 1);
 
   // Phase 0: Aᵀ and B in float32.
-  constexpr int64_t kTransposeBlock = 256;
   const int64_t a_blocks = at ? Blocks(c.k, kTransposeBlock) : 0;
   const int64_t b_blocks = wide_b ? 1 : 0;
 
@@ -248,9 +260,9 @@ ffi::Error LoraBackward(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer x
           const int64_t width = std::min(columns, c.k - k0);
           Scratch* scratch = ThreadScratch();
           kernels.product_transposed(At(c.g, m0 * c.n, c.dtype), rows, c.n, c.kernel, k0, width,
-                                     scratch->product, scratch);
+                                     scratch->sums, scratch);
           phases.WaitBefore(2);
-          kernels.expand(t + m0 * c.r, rows, c.r, at + k0, c.k, width, 1.0f, scratch->product,
+          kernels.expand(t + m0 * c.r, rows, c.r, at + k0, c.k, width, 1.0f, scratch->sums,
                          width, At(c.dx, m0 * c.k + k0, c.dtype), c.k);
           return;
         }
@@ -280,7 +292,8 @@ XLA_FFI_DEFINE_HANDLER(kForward, LoraForward,
                            .Ret<ffi::AnyBuffer>()  // h
                            .Ret<ffi::AnyBuffer>()  // workspace
                            .Attr<float>("scaling")
-                           .Attr<std::string_view>("form"));
+                           .Attr<std::string_view>("form")
+                           .Attr<int64_t>("slices"));
 
 XLA_FFI_DEFINE_HANDLER(kBackward, LoraBackward,
                        ffi::Ffi::Bind()

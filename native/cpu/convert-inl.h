@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "hwy/cache_control.h"
 #include "hwy/highway.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -131,11 +132,19 @@ HWY_INLINE void StoreFloatN(VF v, T* to, size_t n) {
   for (size_t i = 0; i < n; ++i) to[i] = lanes[i];
 }
 
-// n elements of storage type T as float32.
+// Asks for the cache line `bytes` after `from`, which may lie outside of any array.
+HWY_INLINE void PrefetchAhead(const void* from, size_t bytes) {
+  hwy::Prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + bytes));
+}
+
+// n elements of storage type T as float32. Meanwhile asks for what lies `ahead` bytes further.
 template <class T>
-HWY_INLINE void ToFloat(const T* from, size_t n, float* to) {
+HWY_INLINE void ToFloat(const T* from, size_t n, float* to, size_t ahead = 0) {
   size_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) StoreFloat(LoadFloat(from + i), to + i);
+  for (; i + kLanes <= n; i += kLanes) {
+    if (ahead != 0) PrefetchAhead(from + i, ahead);
+    StoreFloat(LoadFloat(from + i), to + i);
+  }
   if (i < n) StoreFloatN(LoadFloatN(from + i, n - i), to + i, n - i);
 }
 

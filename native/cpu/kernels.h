@@ -10,16 +10,18 @@
 
 namespace jax_fused_lora {
 
-// One thread's working memory. Sized so that a packed panel of W stays in a second-level cache.
+// One thread's working memory. Sized so that all of it stays in a second-level cache.
 struct alignas(64) Scratch {
-  static constexpr size_t kRows = 64;       // rows of x that a block of a product takes
-  static constexpr size_t kDepth = 512;     // elements of a row taken at a time
-  static constexpr size_t kPanel = 64;      // columns of W packed at a time
-  static constexpr size_t kColumns = 2048;  // columns of W that a block of few rows takes
-  static constexpr size_t kFew = 4;         // rows up to which W is read in place
+  static constexpr size_t kRows = 64;          // rows of x that a block of a product takes
+  static constexpr size_t kDepth = 512;        // elements of a row taken at a time
+  static constexpr size_t kPanel = 64;         // columns of W packed at a time
+  static constexpr size_t kPanelDepth = 128;   // and rows: 32 KiB, in the first cache
+  static constexpr size_t kPanelRow = 144;     // x's rows meanwhile, apart by no power of two
+  static constexpr size_t kSums = 16384;       // entries of y that are finished at a time
+  static constexpr size_t kFew = 4;            // rows up to which W is read in place
 
-  float product[kRows * kPanel > kFew * kColumns ? kRows * kPanel : kFew * kColumns];
-  float panel[kDepth * kPanel];
+  float sums[kSums];
+  float panel[kPanelDepth * kPanel];
   float rows[kRows * kDepth];  // a 16-bit operand's rows, widened
 };
 
@@ -47,10 +49,15 @@ struct Kernels {
   void (*outer)(const float* h, size_t m, size_t r, const void* g, size_t n, float scale,
                 float* out);
 
-  // out (m, columns) = x (m, k) · w (k, n)[:, j0 : j0 + columns] + bias[j0 : j0 + columns].
-  // m ≤ kFew and columns ≤ kColumns, or m ≤ kRows and columns ≤ kPanel.
-  void (*product)(const void* x, size_t m, size_t k, const void* w, size_t n, size_t j0,
-                  size_t columns, const void* bias, float* out, Scratch* scratch);
+  // out (m, columns) = x (m, k)[:, k0:k1] · w (k, n)[k0:k1, j0 : j0 + columns], m ≤ kRows. Rows of
+  // out are out_row apart.
+  void (*product)(const void* x, size_t m, size_t k, size_t k0, size_t k1, const void* w, size_t n,
+                  size_t j0, size_t columns, float* out, size_t out_row, Scratch* scratch);
+
+  // out (m, columns) = Σ over `slices` of partial[slice · stride + ...] + bias, partial's rows
+  // partial_row apart. `bias` may be null.
+  void (*gather)(const float* partial, size_t slices, size_t stride, size_t m, size_t partial_row,
+                 size_t columns, const void* bias, float* out);
 
   // out (m, columns) = g (m, n) · w (k, n)[k0 : k0 + columns]ᵀ, m ≤ kRows.
   void (*product_transposed)(const void* g, size_t m, size_t n, const void* w, size_t k0,

@@ -47,7 +47,7 @@ struct Rows {
   size_t row;
 };
 
-template <size_t kRows, size_t kVecs, bool kTail, class TB, class TO>
+template <size_t kRows, size_t kVecs, bool kTail, size_t kAhead, class TB, class TO>
 HWY_INLINE void NnTile(size_t k, Scalars a, Rows<const TB> b, float scale, Rows<const float> init,
                        Rows<TO> out, size_t columns) {
   const DF d;
@@ -62,6 +62,9 @@ HWY_INLINE void NnTile(size_t k, Scalars a, Rows<const TB> b, float scale, Rows<
     JAX_FUSED_LORA_UNROLL
     for (size_t j = 0; j < kVecs; ++j) {
       const TB* from = b.data + p * b.row + j * kLanes;
+      if (kAhead != 0 && j * kLanes * sizeof(TB) % 64 == 0) {
+        PrefetchAhead(from, kAhead * b.row * sizeof(TB));
+      }
       bv[j] = kTail ? LoadFloatN(from, columns) : LoadFloat(from);
     }
     JAX_FUSED_LORA_UNROLL
@@ -92,11 +95,11 @@ HWY_INLINE void NnTile(size_t k, Scalars a, Rows<const TB> b, float scale, Rows<
   }
 }
 
-template <size_t kVecs, bool kTail, class TB, class TO>
+template <size_t kVecs, bool kTail, size_t kAhead, class TB, class TO>
 HWY_INLINE void NnPanel(size_t m, size_t k, Scalars a, Rows<const TB> b, float scale,
                         Rows<const float> init, Rows<TO> out, size_t columns) {
   const auto tile = [&](auto rows) HWY_ATTR {
-    NnTile<decltype(rows)::value, kVecs, kTail>(k, a, b, scale, init, out, columns);
+    NnTile<decltype(rows)::value, kVecs, kTail, kAhead>(k, a, b, scale, init, out, columns);
     a.data += decltype(rows)::value * a.row;
     if (init.data != nullptr) init.data += decltype(rows)::value * init.row;
     out.data += decltype(rows)::value * out.row;
@@ -109,14 +112,15 @@ HWY_INLINE void NnPanel(size_t m, size_t k, Scalars a, Rows<const TB> b, float s
 }
 
 // out (m, n) = init + scale · a (m, k) · b (k, n). `init` may be null (zero), may repeat one row
-// (row distance 0), and may be `out` itself.
-template <class TB, class TO>
+// (row distance 0), and may be `out` itself. b comes from memory, not a cache, where kAhead is not
+// 0: the line that many rows on is asked for early.
+template <size_t kAhead, class TB, class TO>
 HWY_INLINE void Nn(size_t m, size_t n, size_t k, Scalars a, Rows<const TB> b, float scale,
                    Rows<const float> init, Rows<TO> out) {
   size_t j = 0;
   const auto panel = [&](auto vecs, auto tail) HWY_ATTR {
     const Rows<const float> from = {init.data == nullptr ? nullptr : init.data + j, init.row};
-    NnPanel<decltype(vecs)::value, decltype(tail)::value, TB, TO>(
+    NnPanel<decltype(vecs)::value, decltype(tail)::value, kAhead, TB, TO>(
         m, k, a, {b.data + j, b.row}, scale, from, {out.data + j, out.row}, n - j);
     j += decltype(vecs)::value * kLanes;
   };
@@ -155,7 +159,7 @@ HWY_INLINE void StoreSums(VF a, VF b, VF c, VF e, float scale, bool add, float* 
 #endif
 }
 
-template <size_t kRows, size_t kCols, class TB>
+template <size_t kRows, size_t kCols, bool kAhead, class TB>
 HWY_INLINE void NtTile(size_t k, Rows<const float> a, Rows<const TB> b, float scale, bool add,
                        Rows<float> out) {
   const DF d;
@@ -175,6 +179,7 @@ HWY_INLINE void NtTile(size_t k, Rows<const float> a, Rows<const TB> b, float sc
     JAX_FUSED_LORA_UNROLL
     for (size_t i = 0; i < kRows; ++i) {
       const float* from = a.data + i * a.row + p;
+      if (kAhead) PrefetchAhead(from, kRows * a.row * sizeof(float));
       const VF av = decltype(tail)::value ? LoadFloatN(from, k - p) : LoadFloat(from);
       JAX_FUSED_LORA_UNROLL
       for (size_t j = 0; j < kCols; ++j) acc[i][j] = hn::MulAdd(av, bv[j], acc[i][j]);
@@ -197,21 +202,26 @@ HWY_INLINE void NtTile(size_t k, Rows<const float> a, Rows<const TB> b, float sc
 }
 
 // out (m, n) = scale · a (m, k) · b (n, k)ᵀ, added to what is there if `add`. Columns of b are
-// the outer loop of a row tile: a's rows stay in the first cache while b streams past.
-template <class TB>
+// the outer loop of a row tile: a's rows stay in the first cache while b streams past. kAhead says
+// that a comes from memory: the first pass over a tile's rows asks for the next tile's.
+template <bool kAhead, class TB>
 HWY_INLINE void Nt(size_t m, size_t n, size_t k, Rows<const float> a, Rows<const TB> b,
                    float scale, bool add, Rows<float> out) {
   const auto row_tile = [&](size_t i, auto rows) HWY_ATTR {
     const Rows<const float> ai = {a.data + i * a.row, a.row};
     size_t j = 0;
-    const auto tile = [&](auto cols) HWY_ATTR {
-      NtTile<decltype(rows)::value, decltype(cols)::value, TB>(
+    const auto tile = [&](auto cols, auto ahead) HWY_ATTR {
+      NtTile<decltype(rows)::value, decltype(cols)::value, decltype(ahead)::value, TB>(
           k, ai, {b.data + j * b.row, b.row}, scale, add, {out.data + i * out.row + j, out.row});
       j += decltype(cols)::value;
     };
-    while (j + kNtCols <= n) tile(std::integral_constant<size_t, kNtCols>());
-    if (n - j >= 2) tile(std::integral_constant<size_t, 2>());
-    if (n - j >= 1) tile(std::integral_constant<size_t, 1>());
+    if (n >= kNtCols) {
+      tile(std::integral_constant<size_t, kNtCols>(), std::integral_constant<bool, kAhead>());
+    }
+    const std::false_type cached;
+    while (j + kNtCols <= n) tile(std::integral_constant<size_t, kNtCols>(), cached);
+    if (n - j >= 2) tile(std::integral_constant<size_t, 2>(), cached);
+    if (n - j >= 1) tile(std::integral_constant<size_t, 1>(), cached);
   };
   size_t i = 0;
   for (; i + kNtRows <= m; i += kNtRows) {

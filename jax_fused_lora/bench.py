@@ -1,0 +1,384 @@
+"""Times chained LoRA layers: ours, the same mathematics in jitted XLA, the base product alone.
+
+A single call of a jitted program costs microseconds whatever it does, and a layer timed on the
+same weights again and again runs from the cache. So every side of a comparison is one program that
+applies many layers with different weights, the output of one being the input of the next. The
+sides take turns, in every order, so that a change of the machine's speed meets them all alike; what
+is reported is the median.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_fused_lora
+from jax_fused_lora import forms
+
+OPS = ("lora_forward", "lora_linear")
+DIRECTIONS = ("forward", "forward+backward")
+# How far our result may be from XLA's, as a norm relative to XLA's: more than the roundings of a
+# long chain add up to, less than the low-rank part of a short one.
+TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+DTYPES = tuple(TOLERANCES)
+
+SCALING = 2.0
+MIN_ROUNDS = 7
+# Operations per byte from which a layer is taken to be bound by arithmetic: machines differ, and
+# this only chooses the unit in which a row is printed.
+COMPUTE_BOUND = 16.0
+
+
+class WrongResult(RuntimeError):
+    """The sides of a comparison did not compute the same thing, so their times mean nothing."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer to measure: `rows`×`in_features` → `out_features` with a given rank and dtype.
+
+    Attributes:
+        op: "lora_forward", the low-rank part alone, or "lora_linear", the whole layer.
+        direction: "forward", or "forward+backward" with the gradients of x, A and B (not W).
+    """
+
+    op: str
+    rows: int
+    in_features: int
+    out_features: int
+    rank: int
+    dtype: str = "float32"
+    direction: str = "forward"
+
+    def __post_init__(self) -> None:
+        if self.rank > min(self.in_features, self.out_features):
+            raise ValueError(
+                f"rank must be at most in_features and out_features, got rank {self.rank} "
+                f"for {self.in_features}→{self.out_features}"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.shape} rank {self.rank} {self.dtype} {self.direction}"
+
+    @property
+    def shape(self) -> str:
+        """The shape as it is printed, such as `512×1024→1024`."""
+        return f"{self.rows}×{self.in_features}→{self.out_features}"
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the layer has a base product."""
+        return self.op == "lora_linear"
+
+    @property
+    def backward(self) -> bool:
+        """Whether gradients are computed as well."""
+        return self.direction == "forward+backward"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in storage."""
+        return jnp.dtype(self.dtype).itemsize
+
+    @property
+    def low_rank_numbers(self) -> int:
+        """How many numbers A and B have together."""
+        return self.rank * (self.in_features + self.out_features)
+
+    @property
+    def weight_numbers(self) -> int:
+        """How many numbers W (where there is one), A and B have together."""
+        return self.in_features * self.out_features * self.has_kernel + self.low_rank_numbers
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes of each direction's operands and results, which no layer can avoid moving."""
+        x, y = self.rows * self.in_features, self.rows * self.out_features
+        forward = self.weight_numbers + x + y
+        # Backward reads the weights, x and the gradient of y; it writes those of x, A and B.
+        backward = self.weight_numbers + x + y + x + self.low_rank_numbers
+        return (forward + backward * self.backward) * self.itemsize
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of a layer, a multiplication and an addition being two."""
+        forward = 2 * self.rows * self.weight_numbers
+        # Backward: g·Wᵀ; t = g·Bᵀ and t·Aᵀ; xᵀ·t and hᵀ·g.
+        backward = forward + 2 * self.rows * self.low_rank_numbers
+        return forward + backward * self.backward
+
+    @property
+    def compute_bound(self) -> bool:
+        """Whether GFLOP/s (rather than GB/s) says how well the machine is used."""
+        return self.flops >= COMPUTE_BOUND * self.moved_bytes
+
+    @property
+    def layers(self) -> int:
+        """How many layers with weights of their own the chain has; even, so that in ≠ out works.
+
+        Enough for 64 MB of weights, within 8 to 64; fewer when a program would take seconds or
+        gigabytes. The chain is gone through once: in a second pass XLA would find W converted.
+        """
+        enough = (64 << 20) // (self.weight_numbers * self.itemsize) + 1
+        bearable = min((1 << 36) // self.flops, (1 << 30) // self.moved_bytes)
+        return max(2, min(max(enough, 8), 64, bearable) // 2 * 2)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How two sides compare; below 1, ours is the faster.
+
+    Attributes:
+        medians: the ratio of the two medians, which is the figure to quote.
+        pairs: the median of the ratios within each round.
+        quartiles: the first and third quartile of those.
+    """
+
+    medians: float
+    pairs: float
+    quartiles: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured for a case. Times are medians, in microseconds a layer.
+
+    Attributes:
+        form: the way `lora_linear` and `lora_forward` took (see `route`).
+        layers: layers with weights of their own in the chain.
+        rounds: how often each side was timed.
+        gb_per_s: bytes of operands and results by our time.
+        gflop_per_s: arithmetic by our time.
+        error: the largest relative difference (of norms) between our results and XLA's.
+    """
+
+    case: Case
+    form: str
+    layers: int
+    rounds: int
+    ours_us: float
+    xla_us: float
+    base_us: float | None
+    over_xla: Ratio
+    over_base: Ratio | None
+    gb_per_s: float
+    gflop_per_s: float
+    error: float
+
+
+def route(case: Case) -> str:
+    """The forms that the library chooses for a case on this platform, "" without native code."""
+    if jax.default_backend() not in forms.PLATFORMS:
+        return ""
+    shape = (case.rows, case.in_features, case.out_features, case.rank, case.dtype)
+    chosen = [forms.forward_form(*shape, has_kernel=case.has_kernel)]
+    if case.backward:
+        chosen.append(forms.backward_form(*shape, has_kernel=case.has_kernel))
+    return " / ".join(chosen)
+
+
+def table_cases() -> Iterator[Case]:
+    """The shapes whose figures the project states."""
+    every = DTYPES
+    half = ("bfloat16", "float16")
+    single = ("float32",)
+    train = ("float32", "bfloat16")
+    forward = (
+        ("lora_forward", 1, 1024, 8, single),
+        ("lora_forward", 512, 2048, 16, single),
+        ("lora_linear", 1, 1024, 8, half),
+        ("lora_linear", 1, 2048, 8, every),
+        ("lora_linear", 16, 1024, 16, every),
+        ("lora_linear", 64, 1024, 16, every),
+        ("lora_linear", 2048, 2048, 16, train),
+    )
+    for op, rows, width, rank, dtypes in forward:
+        for dtype in dtypes:
+            yield Case(op, rows, width, width, rank, dtype)
+    for op in OPS:
+        for dtype in train:
+            yield Case(op, 512, 1024, 1024, 16, dtype, "forward+backward")
+
+
+def sweep_cases() -> Iterator[Case]:
+    """A grid over everything that the choice of a form depends on."""
+    rows = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
+    widths = (256, 512, 1024, 2048, 4096)
+    grid = itertools.product(OPS, DIRECTIONS, DTYPES, (8, 16, 64), widths, rows)
+    for op, direction, dtype, rank, width, m in grid:
+        yield Case(op, m, width, width, rank, dtype, direction)
+
+
+PRESETS = {"table": table_cases, "sweep": sweep_cases}
+
+
+def measure(case: Case, *, seconds: float = 2.0, implementation: str | None = None) -> Row:
+    """Times one case.
+
+    Args:
+        case: what to measure.
+        seconds: how long to go on; at least seven rounds are made, however long they take.
+        implementation: passed on to our op.
+
+    Returns:
+        The medians and how they compare.
+
+    Raises:
+        WrongResult: if a result is not finite or ours differs from XLA's.
+    """
+    sides = _sides(case, implementation)
+    error = _check(case, sides)
+    calls = _interleave(sides, seconds)
+    per_layer = {name: times * 1e6 / case.layers for name, times in calls.items()}
+    medians = {name: float(np.median(times)) for name, times in per_layer.items()}
+    ours = medians["ours"]
+    return Row(
+        case=case,
+        form=route(case),
+        layers=case.layers,
+        rounds=len(calls["ours"]),
+        ours_us=ours,
+        xla_us=medians["xla"],
+        base_us=medians.get("base"),
+        over_xla=_ratio(per_layer["ours"], per_layer["xla"]),
+        over_base=_ratio(per_layer["ours"], per_layer["base"]) if "base" in per_layer else None,
+        gb_per_s=case.moved_bytes / ours / 1e3,
+        gflop_per_s=case.flops / ours / 1e3,
+        error=error,
+    )
+
+
+Weights = tuple[jax.Array, ...]
+Layer = Callable[[jax.Array, Weights, Weights], jax.Array]
+Side = Callable[[], Any]
+
+
+def _sides(case: Case, implementation: str | None) -> dict[str, Side]:
+    """The compiled programs, each with its arguments; all of them use the same weights."""
+
+    def ours(x: jax.Array, frozen: Weights, trained: Weights) -> jax.Array:
+        op: Callable[..., jax.Array] = getattr(jax_fused_lora, case.op)
+        return op(x, *frozen, *trained, scaling=SCALING, implementation=implementation)
+
+    # What someone would write without this library; XLA is free to fuse it as it can.
+    def xla(x: jax.Array, frozen: Weights, trained: Weights) -> jax.Array:
+        a, b = trained
+        delta = SCALING * ((x @ a) @ b)
+        return x @ frozen[0] + delta if frozen else delta
+
+    def base(x: jax.Array, frozen: Weights, trained: Weights) -> jax.Array:
+        return x @ frozen[0]
+
+    x, frozen, trained, cotangent = _arguments(case)
+    sides: dict[str, tuple[Layer, list[Weights]]] = {"ours": (ours, trained), "xla": (xla, trained)}
+    if case.has_kernel:
+        sides["base"] = (base, [()] * case.layers)
+    return {
+        name: partial(_program(layer, case), x, frozen, weights, cotangent)
+        for name, (layer, weights) in sides.items()
+    }
+
+
+def _program(layer: Layer, case: Case) -> Callable[..., Any]:
+    """The jitted chain; weights are arguments, so that XLA cannot compute with them beforehand."""
+
+    def forward(x: jax.Array, frozen: list[Weights], trained: list[Weights]) -> jax.Array:
+        for fixed, learnt in zip(frozen, trained, strict=True):
+            x = layer(x, fixed, learnt)
+        return x
+
+    def run(
+        x: jax.Array, frozen: list[Weights], trained: list[Weights], cotangent: jax.Array
+    ) -> Any:
+        if not case.backward:
+            return forward(x, frozen, trained)
+        y, pull = jax.vjp(lambda x, trained: forward(x, frozen, trained), x, trained)
+        # y is returned because its last product would be dropped as unused without it.
+        return y, pull(cotangent)
+
+    return jax.jit(run)
+
+
+def _arguments(case: Case) -> tuple[jax.Array, list[Weights], list[Weights], jax.Array]:
+    """Random x, frozen and trained weights of each layer, and the gradient of the result.
+
+    The numbers keep their size along the chain: W does by its scale. The low-rank part alone would
+    drift out of float16's range, so there A has orthonormal columns, and B those of the next A.
+    """
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> Any:
+        return rng.standard_normal(shape, np.float32)
+
+    def array(values: Any) -> jax.Array:
+        return jnp.asarray(values, case.dtype)
+
+    rank, widths = case.rank, (case.in_features, case.out_features)
+    frozen: list[Weights] = []
+    trained: list[Weights] = []
+    if case.has_kernel:
+        for i in range(case.layers):
+            k, n = widths[i % 2], widths[(i + 1) % 2]
+            frozen.append((array(normal(k, n) / np.sqrt(k)),))
+            # An eighth of the size of x·W: enough to be missed, too little to make y grow.
+            b = normal(rank, n) / (8 * SCALING * np.sqrt(rank))
+            trained.append((array(normal(k, rank) / np.sqrt(k)), array(b)))
+    else:
+        bases = [np.linalg.qr(normal(widths[i % 2], rank))[0] for i in range(case.layers)]
+        for a, following in zip(bases, bases[1:] + bases[:1], strict=True):
+            frozen.append(())
+            trained.append((array(a), array(following.T / SCALING)))
+    x, cotangent = (array(normal(case.rows, case.in_features)) for _ in range(2))
+    return x, frozen, trained, cotangent
+
+
+def _check(case: Case, sides: dict[str, Side]) -> float:
+    """Runs every side once; returns how far our results are from XLA's, relative to these."""
+    results = {
+        name: [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(side())]
+        for name, side in sides.items()
+    }
+    for name, leaves in results.items():
+        if not all(np.isfinite(leaf).all() for leaf in leaves):
+            raise WrongResult(f"{case}: a result of {name} is not finite")
+    error = max(
+        float(np.linalg.norm(ours - xla) / np.linalg.norm(xla))
+        for ours, xla in zip(results["ours"], results["xla"], strict=True)
+    )
+    # Written so that a NaN, from a result that is all zeros, fails as well.
+    if not error <= TOLERANCES[case.dtype]:
+        raise WrongResult(
+            f"{case}: our result differs from XLA's by {error:.2g} (relative), "
+            f"more than {TOLERANCES[case.dtype]:g}"
+        )
+    return error
+
+
+def _interleave(sides: dict[str, Side], seconds: float) -> dict[str, np.ndarray]:
+    """Times the sides in turn until the time is up; returns the seconds of each call.
+
+    A turn is two calls, the second is timed: the first finds the caches as another side left them
+    (XLA's widened copies of bfloat16 weights, say), which no program that repeats itself does.
+    """
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    end = time.perf_counter() + seconds
+    for rounds, order in enumerate(itertools.cycle(itertools.permutations(sides))):
+        if rounds >= MIN_ROUNDS and time.perf_counter() >= end:
+            break
+        for name in order:
+            jax.block_until_ready(sides[name]())
+            start = time.perf_counter()
+            jax.block_until_ready(sides[name]())
+            times[name].append(time.perf_counter() - start)
+    return {name: np.array(series) for name, series in times.items()}
+
+
+def _ratio(ours: np.ndarray, other: np.ndarray) -> Ratio:
+    first, middle, third = (float(q) for q in np.percentile(ours / other, (25, 50, 75)))
+    return Ratio(float(np.median(ours) / np.median(other)), middle, (first, third))

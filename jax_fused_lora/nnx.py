@@ -1,0 +1,218 @@
+"""Drop-ins for `flax.nnx.LoRA` and `flax.nnx.LoRALinear` that run through the fused calls."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from jax_fused_lora.ops import lora_forward, lora_linear
+
+
+class LoRA(nnx.LoRA):
+    """`flax.nnx.LoRA` (https://flax.readthedocs.io) computed by `lora_forward` and `lora_linear`.
+
+    When `base_module` is an `nnx.Linear`, its kernel and bias and the adapter go through one
+    `lora_linear`; any other base module is called and `lora_forward` added to its result. As in
+    Flax, sums of different dtypes promote.
+
+    Args:
+        in_features: the number of input features.
+        lora_rank: the rank of the adapter.
+        out_features: the number of output features.
+        alpha: the adapter is scaled by alpha / rank (LoRA: Hu et al., 2021, arXiv:2106.09685).
+            None means a scaling of 1, as in Flax.
+        use_rslora: scale by alpha / √rank instead (rsLoRA: Kalajdzievski, 2023,
+            arXiv:2312.03732).
+        implementation: one of `jax_fused_lora.implementations()`, or None for the best.
+        **kwargs: all that `flax.nnx.LoRA` takes: base_module, dtype, param_dtype, a_initializer,
+            b_initializer, lora_param_type, promote_dtype, rngs, a_metadata, b_metadata.
+
+    Attributes:
+        lora_a: `lora_param_type` of shape `(in_features, lora_rank)`.
+        lora_b: `lora_param_type` of shape `(lora_rank, out_features)`.
+        scaling: what the adapter is scaled by.
+
+    Raises:
+        ValueError: `use_rslora` without an `alpha` to scale.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        lora_rank: int,
+        out_features: int,
+        *,
+        alpha: float | None = None,
+        use_rslora: bool = False,
+        implementation: str | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(in_features, lora_rank, out_features, **kwargs)
+        self.scaling = _scaling(lora_rank, alpha, use_rslora)
+        self.implementation = implementation
+
+    def __call__(self, x: jax.Array, **kwargs: Any) -> jax.Array:
+        """Applies the base module, if there is one, and adds the adapter.
+
+        Args:
+            x: `(..., in_features)`.
+            **kwargs: passed to the base module.
+
+        Returns:
+            `(..., out_features)`.
+
+        Raises:
+            ValueError: the base module is not callable.
+        """
+        x, lora_a, lora_b = self.promote_dtype(
+            (x, self.lora_a[...], self.lora_b[...]), dtype=self.dtype
+        )
+        base = self.base_module
+        if base is None:
+            return self._delta(x, lora_a, lora_b)
+        if not callable(base):
+            raise ValueError(f"base_module must be callable, got {type(base).__name__}")
+        if type(base).__call__ is nnx.Linear.__call__ and not kwargs:
+            fused = self._fused(base, x, x, lora_a, lora_b)
+            if fused is not None:
+                return fused
+        return self._delta(x, lora_a, lora_b) + base(x, **kwargs)
+
+    def _delta(self, x: jax.Array, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
+        return lora_forward(
+            x, lora_a, lora_b, scaling=self.scaling, implementation=self.implementation
+        )
+
+    def _fused(
+        self,
+        linear: nnx.Linear,
+        inputs: jax.Array,
+        x: jax.Array,
+        lora_a: jax.Array,
+        lora_b: jax.Array,
+    ) -> jax.Array | None:
+        """`linear(inputs)` and the adapter of x in one call, or None where that is not the same.
+
+        It is not where the layer has a product of its own (`dot_general`, `precision`,
+        `preferred_element_type`) or computes in another dtype than the adapter.
+        """
+        bias = None if linear.bias is None else linear.bias[...]
+        inputs, kernel, bias = linear.promote_dtype(
+            (inputs, linear.kernel[...], bias), dtype=linear.dtype
+        )
+        plain = (
+            linear.dot_general is lax.dot_general
+            and linear.precision is None
+            and linear.preferred_element_type is None
+        )
+        if not plain or not inputs.dtype == x.dtype == lora_a.dtype == lora_b.dtype:
+            return None
+        return lora_linear(
+            inputs,
+            kernel,
+            lora_a,
+            lora_b,
+            bias=bias,
+            scaling=self.scaling,
+            implementation=self.implementation,
+        )
+
+
+class LoRALinear(nnx.LoRALinear):
+    """`flax.nnx.LoRALinear` computed by one `lora_linear`.
+
+    Args:
+        in_features: the number of input features.
+        out_features: the number of output features.
+        lora_rank: the rank of the adapter.
+        lora_dtype: the dtype of the adapter's computation, inferred by default.
+        lora_param_dtype: the dtype of the adapter's parameters.
+        a_initializer: initializer of lora_a, He-uniform by default.
+        b_initializer: initializer of lora_b, zeros by default.
+        lora_param_type: the type of the adapter's parameters.
+        lora_promote_dtype: how the adapter's operands are promoted.
+        alpha: as in `LoRA`.
+        use_rslora: as in `LoRA`.
+        implementation: as in `LoRA`.
+        rngs: random number generators.
+        a_metadata: metadata of lora_a.
+        b_metadata: metadata of lora_b.
+        **kwargs: all that `flax.nnx.Linear` takes.
+
+    Attributes:
+        kernel: `nnx.Param` of shape `(in_features, out_features)`.
+        bias: `nnx.Param` of shape `(out_features,)`, or None.
+        lora: the adapter, a `LoRA`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        lora_rank: int,
+        lora_dtype: Any = None,
+        lora_param_dtype: Any = jnp.float32,
+        lora_promote_dtype: Any = nnx.nn.dtypes.promote_dtype,
+        alpha: float | None = None,
+        use_rslora: bool = False,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+        **kwargs: Any,
+    ):
+        # Not nnx.LoRALinear.__init__: it would draw an adapter of its own from rngs.
+        adapter = {
+            name: kwargs.pop(name)
+            for name in (
+                "a_initializer", "b_initializer", "lora_param_type", "a_metadata", "b_metadata",
+            )
+            if name in kwargs
+        }  # fmt: skip
+        nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **kwargs)
+        self.lora = LoRA(
+            in_features,
+            lora_rank,
+            out_features,
+            dtype=lora_dtype,
+            param_dtype=lora_param_dtype,
+            promote_dtype=lora_promote_dtype,
+            alpha=alpha,
+            use_rslora=use_rslora,
+            implementation=implementation,
+            rngs=rngs,
+            **adapter,
+        )
+
+    def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Applies the layer and its adapter.
+
+        Args:
+            x: `(..., in_features)`.
+            out_sharding: the sharding of the result, as in `flax.nnx.Linear`; the two parts are
+                then computed one after the other.
+
+        Returns:
+            `(..., out_features)`.
+        """
+        lora = self.lora
+        adapted, lora_a, lora_b = lora.promote_dtype(
+            (x, lora.lora_a[...], lora.lora_b[...]), dtype=lora.dtype
+        )
+        if out_sharding is None:
+            fused = lora._fused(self, x, adapted, lora_a, lora_b)
+            if fused is not None:
+                return fused
+        return nnx.Linear.__call__(self, x, out_sharding=out_sharding) + lora._delta(
+            adapted, lora_a, lora_b
+        )
+
+
+def _scaling(rank: int, alpha: float | None, use_rslora: bool) -> float:
+    if alpha is None:
+        if use_rslora:
+            raise ValueError("use_rslora=True scales by alpha / √rank and needs alpha, got None")
+        return 1.0
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
