@@ -122,10 +122,10 @@ class Case:
     def layers(self) -> int:
         """How many layers with weights of their own the chain has; even, so that in ≠ out works.
 
-        Enough for 64 MB of weights, within 8 to 64; fewer when a program would take seconds or
+        Enough to move 64 MB, within 8 to 64; fewer when a program would take seconds or
         gigabytes. The chain is gone through once: in a second pass XLA would find W converted.
         """
-        enough = (64 << 20) // (self.weight_numbers * self.itemsize) + 1
+        enough = (64 << 20) // self.moved_bytes + 1
         bearable = min((1 << 36) // self.flops, (1 << 30) // self.moved_bytes)
         return max(2, min(max(enough, 8), 64, bearable) // 2 * 2)
 
@@ -176,10 +176,9 @@ def route(case: Case) -> str:
     """The forms that the library chooses for a case on this platform, "" without native code."""
     if jax.default_backend() not in forms.PLATFORMS:
         return ""
-    shape = (case.rows, case.in_features, case.out_features, case.rank, case.dtype)
-    chosen = [forms.forward_form(*shape, has_kernel=case.has_kernel)]
+    chosen = [forms.forward_form(case.rows, case.dtype, has_kernel=case.has_kernel)]
     if case.backward:
-        chosen.append(forms.backward_form(*shape, has_kernel=case.has_kernel))
+        chosen.append(forms.backward_form(case.rows, case.dtype, has_kernel=case.has_kernel))
     return " / ".join(chosen)
 
 

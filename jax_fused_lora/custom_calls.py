@@ -102,11 +102,11 @@ def _native_forward(
     implementation: str | None,
 ) -> Any:
     (m, k), (r, n) = x.shape, lora_b.shape
-    form = forms.forward_form(m, k, n, r, x.dtype, has_kernel=bool(rest))
+    form = forms.forward_form(m, x.dtype, has_kernel=bool(rest))
     if form == "xla" and implementation is None:
         return reference.forward(x, lora_a, lora_b, *rest, scaling=scaling)
     if form == "base" and rest:
-        base = reference.dot(x, rest[0])
+        base = reference.contract(x, rest[0], 1, 0)
         rest = (base if len(rest) == 1 else base + rest[1],)
     elif form == "xla":  # native code was asked for by name
         form = "kernel" if rest else "delta"
@@ -138,13 +138,11 @@ def _native_backward(
     implementation: str | None,
 ) -> Any:
     (m, k), (r, n) = x.shape, lora_b.shape
-    form = forms.backward_form(m, k, n, r, x.dtype, has_kernel=bool(rest))
+    form = forms.backward_form(m, x.dtype, has_kernel=bool(rest))
     if form == "xla" and implementation is None:
-        return reference.backward(
-            g, x, lora_a, lora_b, h, *rest, scaling=scaling, grads=grads
-        )
+        return reference.backward(g, x, lora_a, lora_b, h, *rest, scaling=scaling, grads=grads)
     if form == "base" and rest:
-        rest = (reference.dot(g, rest[0].T),)
+        rest = (reference.contract(g, rest[0], 1, 1),)
     elif form == "xla":
         form = "kernel" if rest else "delta"
     shapes = {"x": x, "a": lora_a, "b": lora_b}
@@ -178,8 +176,11 @@ def _product_slices(m: int, k: int, n: int, itemsize: int) -> int:
 
 
 def _row_slices(m: int) -> int:
-    """Row slices that sum dA and dB separately: two a core, of at least 64 rows each."""
-    return max(1, min(2 * (os.cpu_count() or 1), m // 64))
+    """Row slices that sum dA and dB separately: one a core, none of fewer than 32 rows.
+
+    From 8 rows on two slices pay, whatever their size: a second core has work.
+    """
+    return max(1, min(2, m // 8), min(os.cpu_count() or 1, m // 32))
 
 
 # ---- Rules.
@@ -225,7 +226,7 @@ def _batch(
     primitive: Primitive,
     rows: Sequence[int],
     operands: Sequence[jax.Array],
-    dims: Sequence[int | None],
+    dims: Sequence[Any],
     **params: Any,
 ) -> tuple[Any, Any]:
     """Batches a call: folds the batch into its rows, or maps over it one call at a time.

@@ -70,7 +70,7 @@ class LoRA(nnx.LoRA):
         x, lora_a, lora_b = self.promote_dtype(
             (x, self.lora_a[...], self.lora_b[...]), dtype=self.dtype
         )
-        base = self.base_module
+        base: Any = self.base_module
         if base is None:
             return self._delta(x, lora_a, lora_b)
         if not callable(base):
@@ -172,7 +172,7 @@ class LoRALinear(nnx.LoRALinear):
             if name in kwargs
         }  # fmt: skip
         nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **kwargs)
-        self.lora = LoRA(
+        self.lora: Any = LoRA(
             in_features,
             lora_rank,
             out_features,
@@ -197,7 +197,7 @@ class LoRALinear(nnx.LoRALinear):
         Returns:
             `(..., out_features)`.
         """
-        lora = self.lora
+        lora: Any = self.lora
         adapted, lora_a, lora_b = lora.promote_dtype(
             (x, lora.lora_a[...], lora.lora_b[...]), dtype=lora.dtype
         )

@@ -1,13 +1,13 @@
 """`lora_forward` and `lora_linear`: what a user calls."""
 
 import dataclasses
+import math
 import numbers
 from functools import partial
 from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
@@ -111,7 +111,7 @@ def _lora(
         # In float32, whatever B's dtype: in 16 bits the product would lose B's low bits.
         lora_b = scaling.astype(jnp.float32) * lora_b.astype(jnp.float32)
         scaling = 1.0
-    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(np.prod(x.shape[:-1], dtype=int), 0)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # not -1, which an empty x leaves open
     y = _call(_Static(scaling, implementation), rows, lora_a, lora_b, kernel, bias)
     return y.reshape(*x.shape[:-1], lora_b.shape[1])
 
@@ -151,9 +151,8 @@ def _call(static: _Static, x: Any, lora_a: Any, lora_b: Any, kernel: Any, bias: 
 
 def _call_fwd(static: _Static, *primals: Any) -> Any:
     wanted = _Wanted(*(primal is not None and primal.perturbed for primal in primals))
-    x, lora_a, lora_b, kernel, bias = (
-        None if primal is None else primal.value for primal in primals
-    )
+    values: Any = [None if primal is None else primal.value for primal in primals]
+    x, lora_a, lora_b, kernel, bias = values
     y, h = custom_calls.forward(
         x, lora_a, lora_b, kernel, bias,
         scaling=static.scaling, implementation=static.implementation,
@@ -172,7 +171,7 @@ def _call_bwd(static: _Static, residuals: Any, g: Any) -> Any:
             scaling=static.scaling, grads=wanted.grads, implementation=static.implementation,
         )  # fmt: skip
         named = dict(zip(wanted.grads, results, strict=True))
-    d_kernel = reference.dot(x.T, g).astype(kernel.dtype) if wanted.kernel else None
+    d_kernel = reference.contract(x, g, 0, 0).astype(kernel.dtype) if wanted.kernel else None
     d_bias = g.sum(0, dtype=reference.accumulator(g.dtype)).astype(g.dtype) if wanted.bias else None
     return named.get("x"), named.get("a"), named.get("b"), d_kernel, d_bias
 
@@ -240,7 +239,7 @@ def _check_scaling(scaling: Any) -> float | jax.Array:
     scaling = _array("scaling", scaling)
     if scaling.shape != ():
         raise ValueError(f"scaling has shape {scaling.shape}, needed a scalar")
-    if not (jnp.issubdtype(scaling.dtype, jnp.floating) or jnp.issubdtype(scaling.dtype, jnp.integer)):
+    if not any(jnp.issubdtype(scaling.dtype, kind) for kind in (jnp.floating, jnp.integer)):
         raise TypeError(f"scaling is {scaling.dtype}, needed a real number")
     return scaling
 
@@ -258,6 +257,6 @@ def _check_implementation(implementation: str | None, dtype: Any) -> None:
         )
     if implementation != "xla" and dtype not in _NATIVE_DTYPES:
         raise ValueError(
-            f"implementation={implementation!r} serves float32, bfloat16 and float16, x is {dtype}; "
-            "pass implementation=None or 'xla'"
+            f"implementation={implementation!r} serves float32, bfloat16 and float16, x is "
+            f"{dtype}; pass implementation=None or 'xla'"
         )

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def accumulator(dtype: jax.typing.DTypeLike) -> jnp.dtype:
@@ -18,9 +19,14 @@ def accumulator(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`a @ b` for two arrays of one dtype, in the accumulator's type."""
-    return jnp.matmul(a, b, preferred_element_type=accumulator(a.dtype))
+def contract(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+    """The sum over one axis of each of two arrays of one dtype, in the accumulator's type.
+
+    Says which axes instead of transposing: XLA's CPU compiler turns `a @ b.T` in bfloat16 into
+    a product five times slower (jax 0.10.2 and 0.12.0, 256×1024→1024).
+    """
+    axes = (((axis_a % a.ndim,), (axis_b % b.ndim,)), ((), ()))
+    return lax.dot_general(a, b, axes, preferred_element_type=accumulator(a.dtype))
 
 
 def forward(
@@ -45,10 +51,10 @@ def forward(
     Returns:
         y `(..., out_features)` in x's dtype and h `(..., rank)` in the accumulator's.
     """
-    h = dot(x, lora_a)
-    y = scaling * (h @ lora_b.astype(h.dtype))
+    h = contract(x, lora_a, -1, 0)
+    y = scaling * contract(h, lora_b.astype(h.dtype), -1, 0)
     if kernel is not None:
-        y += dot(x, kernel)
+        y += contract(x, kernel, -1, 0)
     if bias is not None:
         y += bias
     return y.astype(x.dtype), h
@@ -84,15 +90,15 @@ def backward(
         The gradients, each in the dtype of its operand.
     """
     wide = h.dtype
-    t = scaling * (g.astype(wide) @ lora_b.astype(wide).T)
+    t = scaling * contract(g.astype(wide), lora_b.astype(wide), 1, 1)
     results = []
     if "x" in grads:
-        dx = t @ lora_a.astype(wide).T
+        dx = contract(t, lora_a.astype(wide), 1, 1)
         if kernel is not None:
-            dx += dot(g, kernel.T)
+            dx += contract(g, kernel, 1, 1)
         results.append(dx.astype(x.dtype))
     if "a" in grads:
-        results.append((x.astype(wide).T @ t).astype(lora_a.dtype))
+        results.append(contract(x.astype(wide), t, 0, 0).astype(lora_a.dtype))
     if "b" in grads:
-        results.append((scaling * (h.T @ g.astype(wide))).astype(lora_b.dtype))
+        results.append((scaling * contract(h, g.astype(wide), 0, 0)).astype(lora_b.dtype))
     return tuple(results)

@@ -51,12 +51,12 @@ struct BackwardCall {
   ffi::DataType b_dtype;
   Form form = Form::kDelta;
   float scaling = 1;
-  int64_t slices = 1;  // dA and dB are summed over this many row slices, then over the slices
-  const void* g = nullptr;       // (m, n)
-  const void* x = nullptr;       // (m, k)
-  const void* a = nullptr;       // (k, r)
-  const void* b = nullptr;       // (r, n)
-  const float* h = nullptr;      // (m, r)
+  int64_t slices = 1;        // dA and dB are summed over this many row slices, then over the slices
+  const void* g = nullptr;   // (m, n)
+  const void* x = nullptr;   // (m, k)
+  const void* a = nullptr;   // (k, r)
+  const void* b = nullptr;   // (r, n)
+  const float* h = nullptr;  // (m, r)
   const void* kernel = nullptr;  // (k, n), form kKernel
   const float* base = nullptr;   // (m, k), form kBase
   void* dx = nullptr;            // (m, k); null when nobody asked
@@ -76,7 +76,6 @@ std::string Shape(const Range& dims) {
   for (int64_t dim : dims) text += (text.size() > 1 ? ", " : "") + std::to_string(dim);
   return text + ")";
 }
-
 
 inline std::string Name(ffi::DataType dtype) {
   switch (dtype) {
@@ -107,8 +106,7 @@ class Checker {
   }
 
   // The data of `buffer`, after checking its dtype and shape.
-  void* Data(const ffi::AnyBuffer& buffer, std::string_view name, ffi::DataType dtype,
-             Dims shape) {
+  void* Data(const ffi::AnyBuffer& buffer, std::string_view name, ffi::DataType dtype, Dims shape) {
     const auto dims = buffer.dimensions();
     if (!std::equal(dims.begin(), dims.end(), shape.begin(), shape.end())) {
       Fail(std::string(name) + " has shape " + Shape(dims) + ", needed " + Shape(shape));
@@ -230,8 +228,8 @@ inline ffi::Error ReadForward(ffi::AnyBuffer x, ffi::AnyBuffer a, ffi::AnyBuffer
     case Form::kBase:
       check.Count(rest.size(), 1, 1, "operands after x, lora_a, lora_b");
       if (rest.size() >= 1) {
-        c.base = static_cast<const float*>(check.Data(check.Take(rest, 0, x), "base",
-                                                      ffi::DataType::F32, {c.m, c.n}));
+        c.base = static_cast<const float*>(
+            check.Data(check.Take(rest, 0, x), "base", ffi::DataType::F32, {c.m, c.n}));
       }
       break;
   }

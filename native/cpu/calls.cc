@@ -4,19 +4,22 @@
 // is a part of W, read once and contiguously, and the low-rank part is added to the sum of the
 // blocks as the product's last step.
 
+#include "native/calls.h"
+
 #include <algorithm>
 #include <memory>
 
 #include "native/backend.h"
-#include "native/calls.h"
 #include "native/cpu/kernels.h"
 #include "native/cpu/parallel.h"
 
 namespace jax_fused_lora {
 namespace {
 
-constexpr int64_t kRowBlock = 32;  // rows of a sweep: x, g and dx of a block share a second cache
+constexpr int64_t kRowBlock =
+    36;  // rows of a sweep, in whole tiles: x, g and dx of a block share a second cache
 constexpr int64_t kFew = Scratch::kFew;
+constexpr int64_t kFewToShrink = 16;  // rows up to which transposing A costs more than it saves
 constexpr int64_t kProductRows = Scratch::kRows;
 constexpr int64_t kTransposeBlock = 256;  // rows of A
 
@@ -90,10 +93,10 @@ ffi::Error LoraForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer a,
   if (error.failure()) return error;
 
   const Kernels& kernels = KernelsFor(c.dtype);
-  const bool few = c.m <= kFew;
+  const bool few = c.m <= kFew, few_to_shrink = c.m <= kFewToShrink;
   const bool product = c.form == Form::kKernel;
   Workspace space(c.workspace, c.workspace_size);
-  float* at = few ? nullptr : space.Take(c.k * c.r);
+  float* at = few_to_shrink ? nullptr : space.Take(c.k * c.r);
   float* wide_b = c.b_dtype == ffi::DataType::F32 ? nullptr : space.Take(c.r * c.n);
   float* partial = product ? space.Take(c.slices * c.m * c.n) : nullptr;
   error = space.Check("lora_forward");
@@ -125,9 +128,9 @@ ffi::Error LoraForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer a,
     const int64_t j0 = index / row_ranges % column_ranges * columns;
     const int64_t slice = index / row_ranges / column_ranges;
     kernels.product(At(c.x, m0 * c.k, c.dtype), std::min(kProductRows, c.m - m0), c.k,
-                    std::min(slice * depth, c.k), std::min((slice + 1) * depth, c.k), c.kernel,
-                    c.n, j0, std::min(columns, c.n - j0),
-                    partial + (slice * c.m + m0) * c.n + j0, c.n, ThreadScratch());
+                    std::min(slice * depth, c.k), std::min((slice + 1) * depth, c.k), c.kernel, c.n,
+                    j0, std::min(columns, c.n - j0), partial + (slice * c.m + m0) * c.n + j0, c.n,
+                    ThreadScratch());
   };
 
   // h, and where W is not ours to multiply y too: one sweep.
@@ -136,7 +139,7 @@ ffi::Error LoraForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer a,
     const int64_t rows = std::min(kRowBlock, c.m - m0);
     const void* from = At(c.x, m0 * c.k, c.dtype);
     float* to = c.h + m0 * c.r;
-    if (few) {
+    if (few_to_shrink) {
       kernels.shrink_few(from, rows, c.k, c.a, c.r, to, ThreadScratch());
     } else {
       kernels.shrink(from, rows, c.k, at, c.r, 1.0f, to, ThreadScratch());
@@ -164,8 +167,7 @@ ffi::Error LoraForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer a,
 
   RunPhases(pool, threads,
             {a_blocks + b_blocks + (product ? c.slices * column_ranges * row_ranges : 0),
-             Blocks(c.m, kRowBlock),
-             product ? finish_ranges * Blocks(c.n, finish_columns) : 0},
+             Blocks(c.m, kRowBlock), product ? finish_ranges * Blocks(c.n, finish_columns) : 0},
             [&](const Phases& phases, int phase, int64_t index) {
               if (phase == 0) return prepare(index);
               // The few rows' shrink reads A as it lies.
@@ -180,8 +182,7 @@ ffi::Error LoraBackward(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer x
                         ffi::RemainingRets results, float scaling, std::string_view form,
                         std::string_view grads, int64_t slices) {
   BackwardCall c;
-  ffi::Error error =
-      ReadBackward(g, x, a, b, h, rest, results, scaling, form, grads, slices, &c);
+  ffi::Error error = ReadBackward(g, x, a, b, h, rest, results, scaling, form, grads, slices, &c);
   if (error.failure()) return error;
 
   const Kernels& kernels = KernelsFor(c.dtype);
@@ -223,8 +224,8 @@ ffi::Error LoraBackward(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer x
       if (db) kernels.outer(c.h + m0 * c.r, rows, c.r, gm, c.n, c.scaling, db);
       if (da) kernels.outer(tm, rows, c.r, xm, c.k, 1.0f, da);
       if (c.dx && !product) {
-        kernels.expand(tm, rows, c.r, at, c.k, c.k, 1.0f, c.base ? c.base + m0 * c.k : nullptr,
-                       c.k, At(c.dx, m0 * c.k, c.dtype), c.k);
+        kernels.expand(tm, rows, c.r, at, c.k, c.k, 1.0f, c.base ? c.base + m0 * c.k : nullptr, c.k,
+                       At(c.dx, m0 * c.k, c.dtype), c.k);
       }
     }
   };
@@ -237,47 +238,46 @@ ffi::Error LoraBackward(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer x
   const int64_t product_blocks = Blocks(c.m, Scratch::kRows);
   const int64_t dx_blocks = product ? product_blocks * Blocks(c.k, columns) : 0;
 
-  RunPhases(
-      pool, threads, {a_blocks + b_blocks, c.slices, dx_blocks + da_blocks + db_blocks},
-      [&](const Phases& phases, int phase, int64_t index) {
-        if (phase == 0) {
-          if (index < a_blocks) {
-            const int64_t k0 = index * kTransposeBlock;
-            kernels.transpose(c.a, c.k, c.r, k0, std::min(k0 + kTransposeBlock, c.k), at);
-          } else {
-            KernelsFor(c.b_dtype).widen(c.b, c.r * c.n, wide_b);
-          }
-          return;
-        }
-        if (phase == 1) {
-          phases.WaitBefore(1);
-          return sweep(index);
-        }
-        if (index < dx_blocks) {
-          const int64_t m0 = index % product_blocks * int64_t{Scratch::kRows};
-          const int64_t k0 = index / product_blocks * columns;
-          const int64_t rows = std::min<int64_t>(Scratch::kRows, c.m - m0);
-          const int64_t width = std::min(columns, c.k - k0);
-          Scratch* scratch = ThreadScratch();
-          kernels.product_transposed(At(c.g, m0 * c.n, c.dtype), rows, c.n, c.kernel, k0, width,
-                                     scratch->sums, scratch);
-          phases.WaitBefore(2);
-          kernels.expand(t + m0 * c.r, rows, c.r, at + k0, c.k, width, 1.0f, scratch->sums,
-                         width, At(c.dx, m0 * c.k + k0, c.dtype), c.k);
-          return;
-        }
-        phases.WaitBefore(2);
-        index -= dx_blocks;
-        if (index < da_blocks) {
-          const int64_t k0 = index * kSumBlock;
-          kernels.sum_transposed(da_slices, c.slices, c.r * c.k, c.k, c.r, k0,
-                                 std::min(k0 + kSumBlock, c.k), c.da);
-        } else {
-          const int64_t i0 = (index - da_blocks) * kSumBlock * kSumRanks;
-          KernelsFor(c.b_dtype).sum(db_slices, c.slices, c.r * c.n, i0,
-                                    std::min(i0 + kSumBlock * kSumRanks, c.r * c.n), c.db);
-        }
-      });
+  RunPhases(pool, threads, {a_blocks + b_blocks, c.slices, dx_blocks + da_blocks + db_blocks},
+            [&](const Phases& phases, int phase, int64_t index) {
+              if (phase == 0) {
+                if (index < a_blocks) {
+                  const int64_t k0 = index * kTransposeBlock;
+                  kernels.transpose(c.a, c.k, c.r, k0, std::min(k0 + kTransposeBlock, c.k), at);
+                } else {
+                  KernelsFor(c.b_dtype).widen(c.b, c.r * c.n, wide_b);
+                }
+                return;
+              }
+              if (phase == 1) {
+                phases.WaitBefore(1);
+                return sweep(index);
+              }
+              if (index < dx_blocks) {
+                const int64_t m0 = index % product_blocks * int64_t{Scratch::kRows};
+                const int64_t k0 = index / product_blocks * columns;
+                const int64_t rows = std::min<int64_t>(Scratch::kRows, c.m - m0);
+                const int64_t width = std::min(columns, c.k - k0);
+                Scratch* scratch = ThreadScratch();
+                kernels.product_transposed(At(c.g, m0 * c.n, c.dtype), rows, c.n, c.kernel, k0,
+                                           width, scratch->sums, scratch);
+                phases.WaitBefore(2);
+                kernels.expand(t + m0 * c.r, rows, c.r, at + k0, c.k, width, 1.0f, scratch->sums,
+                               width, At(c.dx, m0 * c.k + k0, c.dtype), c.k);
+                return;
+              }
+              phases.WaitBefore(2);
+              index -= dx_blocks;
+              if (index < da_blocks) {
+                const int64_t k0 = index * kSumBlock;
+                kernels.sum_transposed(da_slices, c.slices, c.r * c.k, c.k, c.r, k0,
+                                       std::min(k0 + kSumBlock, c.k), c.da);
+              } else {
+                const int64_t i0 = (index - da_blocks) * kSumBlock * kSumRanks;
+                KernelsFor(c.b_dtype).sum(db_slices, c.slices, c.r * c.n, i0,
+                                          std::min(i0 + kSumBlock * kSumRanks, c.r * c.n), c.db);
+              }
+            });
   return ffi::Error::Success();
 }
 

@@ -106,11 +106,11 @@ HWY_INLINE void StoreFloat(VF v, hwy::float16_t* to) {
   const VU normal = hn::ShiftRight<13>(hn::Add(hn::Add(magnitude, hn::Set(du, 0xC8000FFFu)), odd));
   // Adding 0.5 leaves a float16 subnormal in the low bits, rounded by the adder itself.
   const VU half = hn::BitCast(du, hn::Set(df, 0.5f));
-  const VU subnormal = hn::Sub(
-      hn::BitCast(du, hn::Add(hn::BitCast(df, magnitude), hn::Set(df, 0.5f))), half);
+  const VU subnormal =
+      hn::Sub(hn::BitCast(du, hn::Add(hn::BitCast(df, magnitude), hn::Set(df, 0.5f))), half);
   VU result = hn::IfThenElse(hn::Lt(magnitude, hn::Set(du, 113u << 23)), subnormal, normal);
-  result = hn::IfThenElse(hn::Gt(magnitude, hn::Set(du, (143u << 23) - 1)), hn::Set(du, 0x7C00),
-                          result);
+  result =
+      hn::IfThenElse(hn::Gt(magnitude, hn::Set(du, (143u << 23) - 1)), hn::Set(du, 0x7C00), result);
   result = hn::IfThenElse(hn::Gt(magnitude, hn::Set(du, 0x7F800000)), hn::Set(du, 0x7E00), result);
   StoreBits(hn::Or(result, sign), to);
 }

@@ -7,8 +7,7 @@
 // Register tiles are arrays of vectors, which sizeless vectors cannot form: on such machines the
 // 128-bit Arm set runs. SSSE3 gains nothing over the other x86 sets for products of floats.
 #ifndef HWY_DISABLED_TARGETS
-#define HWY_DISABLED_TARGETS \
-  (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV | HWY_SSSE3)
+#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV | HWY_SSSE3)
 #endif
 
 #include "native/cpu/kernels.h"
@@ -121,7 +120,8 @@ void Transpose(const void* a_, size_t k, size_t r, size_t k0, size_t k1, float* 
     const size_t rows = std::min(kRows, k1 - p);
     for (size_t r0 = 0; r0 < r; r0 += kColumns) {
       const size_t columns = std::min(kColumns, r - r0);
-      for (size_t i = 0; i < rows; ++i) ToFloat(a + (p + i) * r + r0, columns, block + i * kColumns);
+      for (size_t i = 0; i < rows; ++i)
+        ToFloat(a + (p + i) * r + r0, columns, block + i * kColumns);
       for (size_t j = 0; j < columns; ++j) {
         float* to = at + (r0 + j) * k + p;
         size_t i = 0;
@@ -156,10 +156,10 @@ void Shrink(const void* x_, size_t m, size_t k, const float* at, size_t r, float
 }
 
 template <class T>
-void Expand(const float* h, size_t m, size_t r, const float* b, size_t b_row, size_t n,
-            float scale, const float* init, size_t init_row, void* y, size_t y_row) {
+void Expand(const float* h, size_t m, size_t r, const float* b, size_t b_row, size_t n, float scale,
+            const float* init, size_t init_row, void* y, size_t y_row) {
   Nn<0, float, T>(m, n, r, {h, r, 1}, {b, b_row}, scale, {init, init_row},
-               {static_cast<T*>(y), y_row});
+                  {static_cast<T*>(y), y_row});
 }
 
 template <class T>
@@ -240,8 +240,8 @@ void ProductTransposed(const void* g_, size_t m, size_t n, const void* w_, size_
   if (n == 0) std::fill_n(out, m * columns, 0.0f);
   for (size_t p = 0; p < n; p += kDepth) {
     const size_t depth = std::min(kDepth, n - p);
-    Nt<false, T>(m, columns, depth, Widened(g + p, n, m, depth, scratch->rows), {w + p, n}, 1.0f, p > 0,
-          {out, columns});
+    Nt<false, T>(m, columns, depth, Widened(g + p, n, m, depth, scratch->rows), {w + p, n}, 1.0f,
+                 p > 0, {out, columns});
   }
 }
 
@@ -297,9 +297,10 @@ void SumTransposed(const float* partial, size_t slices, size_t stride, size_t k,
 
 template <class T>
 constexpr Kernels Table() {
-  return {&ShrinkFew<T>, &Transpose<T>, &Widen<T>,   &Shrink<T>,
-          &Expand<T>,    &Outer<T>,     &Product<T>, &Gather<T>,
-          &ProductTransposed<T>, &Sum<T>, &SumTransposed<T>};
+  return {&ShrinkFew<T>, &Transpose<T>,    &Widen<T>,
+          &Shrink<T>,    &Expand<T>,       &Outer<T>,
+          &Product<T>,   &Gather<T>,       &ProductTransposed<T>,
+          &Sum<T>,       &SumTransposed<T>};
 }
 
 const Kernels* TableFor(Storage storage) {

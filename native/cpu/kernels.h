@@ -12,13 +12,13 @@ namespace jax_fused_lora {
 
 // One thread's working memory. Sized so that all of it stays in a second-level cache.
 struct alignas(64) Scratch {
-  static constexpr size_t kRows = 64;          // rows of x that a block of a product takes
-  static constexpr size_t kDepth = 512;        // elements of a row taken at a time
-  static constexpr size_t kPanel = 64;         // columns of W packed at a time
-  static constexpr size_t kPanelDepth = 128;   // and rows: 32 KiB, in the first cache
-  static constexpr size_t kPanelRow = 144;     // x's rows meanwhile, apart by no power of two
-  static constexpr size_t kSums = 16384;       // entries of y that are finished at a time
-  static constexpr size_t kFew = 4;            // rows up to which W is read in place
+  static constexpr size_t kRows = 64;         // rows of x that a block of a product takes
+  static constexpr size_t kDepth = 512;       // elements of a row taken at a time
+  static constexpr size_t kPanel = 64;        // columns of W packed at a time
+  static constexpr size_t kPanelDepth = 128;  // and rows: 32 KiB, in the first cache
+  static constexpr size_t kPanelRow = 144;    // x's rows meanwhile, apart by no power of two
+  static constexpr size_t kSums = 16384;      // entries of y that are finished at a time
+  static constexpr size_t kFew = 4;           // rows up to which W is read in place
 
   float sums[kSums];
   float panel[kPanelDepth * kPanel];

@@ -1,10 +1,13 @@
 // Runs the blocks of one call on XLA's own intra-op pool, phase after phase.
 //
 // A handler may itself run on a thread of that pool, so it must never wait for a scheduled task
-// to *start*: with every thread inside a handler no task ever would. Blocks are therefore handed
-// out by one atomic counter, in order, the calling thread takes blocks like any other, and
-// whoever waits, waits for blocks that somebody has already claimed. Claims are in order, so the
-// blocks of an earlier phase are always in the hands of threads that run: no deadlock.
+// to *start*: with every thread inside a handler no task ever would. Blocks are therefore claimed
+// by whoever is there, the calling thread among them, and whoever waits, waits for blocks that
+// somebody has already claimed. Nobody claims a block of a phase before all of the phase before
+// are claimed, so those are always in the hands of threads that run: no deadlock.
+//
+// Each thread begins with a range of its own, the same in every call: what it wrote in one layer
+// it finds in its own cache in the next (one shared queue: 512×2048, rank 16, 384 µs; ranges: 340).
 #ifndef JAX_FUSED_LORA_NATIVE_CPU_PARALLEL_H_
 #define JAX_FUSED_LORA_NATIVE_CPU_PARALLEL_H_
 
@@ -25,11 +28,15 @@ class Phases {
   static constexpr int kMax = 3;
   using Sizes = std::array<int64_t, kMax>;
 
-  explicit Phases(const Sizes& sizes) : sizes_(sizes) {
-    for (int64_t size : sizes) total_ += size;
+  // `threads` are expected to work; more may.
+  Phases(const Sizes& sizes, int64_t threads)
+      : sizes_(sizes), ranges_(std::min<int64_t>(threads, kRanges)) {
+    for (int phase = 0; phase < kMax; ++phase) {
+      for (int64_t range = 0; range < ranges_; ++range) {
+        cursors_[phase][range].next.store(Begin(phase, range), std::memory_order_relaxed);
+      }
+    }
   }
-
-  int64_t total() const { return total_; }
 
   // Returns when every block of the phases before `phase` is done.
   void WaitBefore(int phase) const {
@@ -46,23 +53,34 @@ class Phases {
     }
   }
 
-  // Claims and runs blocks until none is left. `body` is not touched after the last claim.
+  // Claims and runs blocks until none is left, beginning with the range of `thread`. `body` is not
+  // touched after the last claim.
   template <class Body>
-  void Work(Body& body) {
-    for (;;) {
-      int64_t index = next_.fetch_add(1, std::memory_order_relaxed);
-      if (index >= total_) return;
-      int phase = 0;
-      while (index >= sizes_[phase]) index -= sizes_[phase++];
-      body(*this, phase, index);
-      done_[phase].fetch_add(1, std::memory_order_release);
+  void Work(int64_t thread, Body& body) {
+    for (int phase = 0; phase < kMax; ++phase) {
+      for (int64_t i = 0; i < ranges_; ++i) {
+        const int64_t range = (thread + i) % ranges_, end = Begin(phase, range + 1);
+        for (;;) {
+          const int64_t index = cursors_[phase][range].next.fetch_add(1, std::memory_order_relaxed);
+          if (index >= end) break;
+          body(*this, phase, index);
+          done_[phase].fetch_add(1, std::memory_order_release);
+        }
+      }
     }
   }
 
  private:
+  static constexpr int64_t kRanges = 16;
+  struct alignas(64) Cursor {  // a cache line each
+    std::atomic<int64_t> next;
+  };
+
+  int64_t Begin(int phase, int64_t range) const { return sizes_[phase] * range / ranges_; }
+
   Sizes sizes_;
-  int64_t total_ = 0;
-  std::atomic<int64_t> next_{0};
+  int64_t ranges_;
+  std::array<std::array<Cursor, kRanges>, kMax> cursors_;
   std::array<std::atomic<int64_t>, kMax> done_{};
 };
 
@@ -70,20 +88,20 @@ class Phases {
 // of `pool`, the caller among them. A body that needs the results of earlier phases calls
 // phases.WaitBefore(phase) itself, as late as it can.
 template <class Body>
-void RunPhases(xla::ffi::ThreadPool& pool, int64_t threads, const Phases::Sizes& sizes,
-               Body body) {
+void RunPhases(xla::ffi::ThreadPool& pool, int64_t threads, const Phases::Sizes& sizes, Body body) {
   if (threads <= 1) {
-    Phases phases(sizes);
-    phases.Work(body);
+    Phases phases(sizes, 1);
+    phases.Work(0, body);
     return;
   }
-  // Shared, because a task that starts late looks at the counter after the call has returned.
-  auto phases = std::make_shared<Phases>(sizes);
-  const int64_t helpers = std::min(threads, phases->total()) - 1;
-  for (int64_t i = 0; i < helpers; ++i) {
-    pool.Schedule([phases, &body] { phases->Work(body); });
+  const int64_t blocks = *std::max_element(sizes.begin(), sizes.end());
+  threads = std::max<int64_t>(std::min(threads, blocks), 1);
+  // Shared, because a task that starts late looks at the cursors after the call has returned.
+  auto phases = std::make_shared<Phases>(sizes, threads);
+  for (int64_t thread = 1; thread < threads; ++thread) {
+    pool.Schedule([phases, &body, thread] { phases->Work(thread, body); });
   }
-  phases->Work(body);
+  phases->Work(0, body);
   phases->WaitBefore(Phases::kMax);
 }
 

@@ -169,25 +169,30 @@ HWY_INLINE void NtTile(size_t k, Rows<const float> a, Rows<const TB> b, float sc
     JAX_FUSED_LORA_UNROLL
     for (size_t j = 0; j < 4; ++j) acc[i][j] = hn::Zero(d);
   }
-  const auto step = [&](size_t p, auto tail) HWY_ATTR {
+  const auto step = [&](auto tail) HWY_ATTR {
     VF bv[kCols];
     JAX_FUSED_LORA_UNROLL
     for (size_t j = 0; j < kCols; ++j) {
-      const TB* from = b.data + j * b.row + p;
-      bv[j] = decltype(tail)::value ? LoadFloatN(from, k - p) : LoadFloat(from);
+      const TB* from = b.data + j * b.row;
+      bv[j] = decltype(tail)::value ? LoadFloatN(from, k) : LoadFloat(from);
     }
     JAX_FUSED_LORA_UNROLL
     for (size_t i = 0; i < kRows; ++i) {
-      const float* from = a.data + i * a.row + p;
+      const float* from = a.data + i * a.row;
       if (kAhead) PrefetchAhead(from, kRows * a.row * sizeof(float));
-      const VF av = decltype(tail)::value ? LoadFloatN(from, k - p) : LoadFloat(from);
+      const VF av = decltype(tail)::value ? LoadFloatN(from, k) : LoadFloat(from);
       JAX_FUSED_LORA_UNROLL
       for (size_t j = 0; j < kCols; ++j) acc[i][j] = hn::MulAdd(av, bv[j], acc[i][j]);
     }
   };
-  size_t p = 0;
-  for (; p + kLanes <= k; p += kLanes) step(p, std::false_type());
-  if (p < k) step(p, std::true_type());
+  // Both pointers move, so that a row is a pointer and a multiple of its row distance: with an
+  // index in their place the compiler kept a pointer for each row, and half of them on the stack.
+  for (; k >= kLanes; k -= kLanes) {
+    step(std::false_type());
+    a.data += kLanes;
+    b.data += kLanes;
+  }
+  if (k > 0) step(std::true_type());
   JAX_FUSED_LORA_UNROLL
   for (size_t i = 0; i < kRows; ++i) {
     float* to = out.data + i * out.row;
@@ -205,8 +210,8 @@ HWY_INLINE void NtTile(size_t k, Rows<const float> a, Rows<const TB> b, float sc
 // the outer loop of a row tile: a's rows stay in the first cache while b streams past. kAhead says
 // that a comes from memory: the first pass over a tile's rows asks for the next tile's.
 template <bool kAhead, class TB>
-HWY_INLINE void Nt(size_t m, size_t n, size_t k, Rows<const float> a, Rows<const TB> b,
-                   float scale, bool add, Rows<float> out) {
+HWY_INLINE void Nt(size_t m, size_t n, size_t k, Rows<const float> a, Rows<const TB> b, float scale,
+                   bool add, Rows<float> out) {
   const auto row_tile = [&](size_t i, auto rows) HWY_ATTR {
     const Rows<const float> ai = {a.data + i * a.row, a.row};
     size_t j = 0;

@@ -1,0 +1,219 @@
+"""Values and every gradient of both ops, for each implementation, against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jax_fused_lora import implementations, lora_forward, lora_linear
+
+
+def apply(operands, scaling=1.0, implementation=None):
+    """lora_linear where there is a kernel, else lora_forward."""
+    rest = {"scaling": scaling, "implementation": implementation}
+    if "kernel" in operands:
+        return lora_linear(**operands, **rest)
+    return lora_forward(**operands, **rest)
+
+
+def check_everything(operands, scaling, implementation, dtype):
+    """y and the gradients of all operands, scaling given as a static number."""
+    rows = operands["x"].shape[:-1]
+    g = oracle.operands(rows, operands["lora_b"].shape[1], 1, 1, dtype, seed=1)["x"]
+
+    @jax.jit
+    def run(operands, g):
+        y, vjp = jax.vjp(lambda o: apply(o, scaling, implementation), operands)
+        return y, vjp(g)[0]
+
+    y, grads = run(operands, g)
+    expected = oracle.truth(operands, g, scaling)
+    oracle.check("y", y, expected["y"], dtype)
+    for name, grad in grads.items():
+        terms = name == "x" and implementation == "xla"
+        oracle.check(f"gradient of {name}", grad, expected[name], dtype, terms=terms)
+
+
+def test_cpu_is_available():
+    assert implementations()["cpu"].available, implementations()["cpu"].reason
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("kernel", [True, False], ids=["linear", "forward"])
+@pytest.mark.parametrize("rank", [1, 4, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 3, 63])
+def test_ranks(implementation, rank, rows, kernel, dtype):
+    operands = oracle.operands((rows,), 60, 77, rank, dtype, kernel=kernel, bias=kernel)
+    check_everything(operands, 0.75, implementation, dtype)
+
+
+# Rows, in, out, rank: powers of two, sizes that divide nothing, 0 and 1, both sides of every
+# limit where another kernel takes over (4 rows, 64 rows, depth 512, panels of 64).
+SHAPES = [
+    (1, 1, 1, 1),
+    (0, 5, 7, 3),
+    (2, 0, 5, 2),
+    (2, 5, 0, 2),
+    (5, 0, 9, 3),
+    (70, 0, 9, 3),
+    (5, 7, 0, 2),
+    (1, 1, 300, 2),
+    (1, 300, 1, 2),
+    (4, 513, 65, 7),
+    (5, 513, 65, 7),
+    (64, 100, 130, 12),
+    (65, 512, 64, 256),
+    (100, 1025, 67, 5),
+    (257, 129, 190, 20),
+    (1, 2048, 2100, 8),
+    (3, 600, 4200, 13),
+    (700, 64, 48, 16),
+]
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("kernel", [True, False], ids=["linear", "forward"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(implementation, shape, kernel, dtype):
+    rows, k, n, rank = shape
+    operands = oracle.operands((rows,), k, n, rank, dtype, kernel=kernel, bias=False)
+    check_everything(operands, -1.5, implementation, dtype)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(0, 80),
+    k=st.integers(0, 90),
+    n=st.integers(0, 150),
+    rank=st.integers(1, 40),
+    kernel=st.booleans(),
+    dtype=st.sampled_from(oracle.DTYPES),
+    seed=st.integers(0, 100),
+)
+def test_any_shape(rows, k, n, rank, kernel, dtype, seed):
+    operands = oracle.operands((rows,), k, n, rank, dtype, kernel=kernel, bias=kernel, seed=seed)
+    check_everything(operands, 2.0, "cpu", dtype)
+
+
+@pytest.mark.parametrize("rows", [(), (3,), (2, 3), (2, 1, 3)], ids=str)
+@pytest.mark.parametrize("kernel", [True, False], ids=["linear", "forward"])
+def test_leading_axes(implementation, rows, kernel):
+    operands = oracle.operands(rows, 24, 40, 4, "float32", kernel=kernel, bias=kernel)
+    check_everything(operands, 2.0, implementation, "float32")
+
+
+def test_zero_features_keep_leading_axes(implementation):
+    operands = oracle.operands((2, 3), 0, 5, 2, "float32")
+    check_everything(operands, 1.0, implementation, "float32")
+
+
+def test_transposed_and_sliced_operands(implementation):
+    """Inside jit an operand may be any view that XLA did not need to materialize before."""
+    big = oracle.operands((50,), 70, 90, 12, "float32", bias=False)
+
+    def views(o):
+        return {
+            "x": o["x"].T[:40, 3:20].T,  # (17, 40)
+            "lora_a": o["lora_a"][10:50, ::2],  # (40, 6)
+            "lora_b": o["kernel"].T[:6, 5:60],  # (6, 55)
+            "kernel": o["kernel"][:40, 33:88],  # (40, 55)
+        }
+
+    result = jax.jit(lambda o: apply(views(o), 1.5, implementation))(big)
+    g = jnp.ones_like(result)
+    expected = oracle.truth(views(big), g, 1.5)
+    oracle.check("y", result, expected["y"], "float32")
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("kernel", [True, False], ids=["linear", "forward"])
+@pytest.mark.parametrize("rows", [3, 40, 200])
+def test_results_overwrite_poisoned_buffers(rows, kernel, dtype):
+    """Results are written into donated buffers of NaN: an entry left out shows.
+
+    XLA may place a result elsewhere; the addresses are compared, so that the test cannot pass
+    without having tested.
+    """
+    operands = oracle.operands((rows,), 67, 67, 5, dtype, kernel=kernel, bias=False)
+    g = oracle.operands((rows,), 67, 67, 5, dtype, seed=1)["x"]
+    wanted = {name: operands[name] for name in ("x", "lora_a", "lora_b")}
+    poison = jax.tree.map(lambda v: jnp.full_like(v, jnp.nan), {"y": g, **wanted})
+    addresses = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(poison)}
+
+    def run(poison, wanted, rest, g):
+        y, vjp = jax.vjp(lambda w: apply({**w, **rest}, 2.0, "cpu"), wanted)
+        return {"y": y, **vjp(g)[0]}
+
+    rest = {name: v for name, v in operands.items() if name not in wanted}
+    results = jax.jit(run, donate_argnums=0, keep_unused=True)(poison, wanted, rest, g)
+    assert {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(results)} == addresses
+    expected = oracle.truth(operands, g, 2.0)
+    for name, result in results.items():
+        oracle.check(name, result, expected[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("kernel", [True, False], ids=["linear", "forward"])
+@pytest.mark.parametrize("rows", [1, 100])
+def test_traced_scaling(implementation, rows, kernel, dtype):
+    """0.3 has no short binary expansion: folded into B in 16 bits it would cost B's low bits."""
+    operands = oracle.operands((rows,), 40, 56, 6, dtype, kernel=kernel, bias=kernel)
+    g = oracle.operands((rows,), 56, 1, 1, dtype, seed=1)["x"]
+    scaling = jnp.float32(0.3)
+
+    @jax.jit
+    def run(operands, scaling, g):
+        y, vjp = jax.vjp(lambda o, s: apply(o, s, implementation), operands, scaling)
+        return y, *vjp(g)
+
+    y, grads, d_scaling = run(operands, scaling, g)
+    expected = oracle.truth(operands, g, float(scaling))
+    oracle.check("y", y, expected["y"], dtype)
+    oracle.check("gradient of scaling", d_scaling, expected["scaling"], "float32")
+    for name, grad in grads.items():
+        terms = name == "x" and implementation == "xla"
+        oracle.check(f"gradient of {name}", grad, expected[name], dtype, terms=terms)
+
+
+def test_float64_is_computed_in_float64():
+    with jax.enable_x64(True):
+        operands = oracle.operands((5,), 20, 30, 4, "float64")
+        check_everything(operands, 0.3, None, "float64")
+
+
+def test_integer_scaling_is_static(implementation):
+    operands = oracle.operands((5,), 20, 30, 4, "float32")
+    chex_equal = apply(operands, 2, implementation) == apply(operands, 2.0, implementation)
+    assert bool(jnp.all(chex_equal))
+
+
+def test_special_values_spread_as_in_the_definition():
+    """An infinity or NaN in one row of x reaches that row of y and no other."""
+    for dtype in oracle.DTYPES:
+        for rows in (3, 70):
+            operands = oracle.operands((rows,), 33, 47, 5, dtype, bias=False)
+            operands["x"] = operands["x"].at[1, 7].set(jnp.nan)
+            y = np.asarray(apply(operands, 1.0, "cpu"), np.float32)
+            assert np.isnan(y[1]).all()
+            assert np.isfinite(np.delete(y, 1, 0)).all()
+
+
+def test_float16_overflows_to_infinity_and_keeps_subnormals():
+    x = jnp.asarray([[60000.0], [2.0**-24]], jnp.float16)
+    one = jnp.ones((1, 1), jnp.float16)
+    y = lora_forward(x, one, one, scaling=2.0, implementation="cpu")
+    assert y[0, 0] == jnp.inf
+    assert y[1, 0] == 2.0**-23
+
+
+def test_results_do_not_depend_on_the_run():
+    """Threads take blocks in any order; sums are taken in one."""
+    operands = oracle.operands((300,), 200, 210, 16, "float32")
+    run = jax.jit(jax.grad(lambda o: (apply(o, 1.0, "cpu") ** 2).sum()))
+    first = run(operands)
+    for _ in range(20):
+        again = run(operands)
+        assert all(bool((first[name] == again[name]).all()) for name in first)
