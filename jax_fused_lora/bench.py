@@ -46,6 +46,7 @@ class Case:
     Attributes:
         op: "lora_forward", the low-rank part alone, or "lora_linear", the whole layer.
         direction: "forward", or "forward+backward" with the gradients of x, A and B (not W).
+        chain: how many layers to chain, if `layers` shall not choose.
     """
 
     op: str
@@ -55,6 +56,7 @@ class Case:
     rank: int
     dtype: str = "float32"
     direction: str = "forward"
+    chain: int | None = None
 
     def __post_init__(self) -> None:
         if self.rank > min(self.in_features, self.out_features):
@@ -125,6 +127,8 @@ class Case:
         Enough to move 64 MB, within 8 to 64; fewer when a program would take seconds or
         gigabytes. The chain is gone through once: in a second pass XLA would find W converted.
         """
+        if self.chain is not None:
+            return self.chain + self.chain % 2
         enough = (64 << 20) // self.moved_bytes + 1
         bearable = min((1 << 36) // self.flops, (1 << 30) // self.moved_bytes)
         return max(2, min(max(enough, 8), 64, bearable) // 2 * 2)

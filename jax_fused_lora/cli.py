@@ -1,6 +1,7 @@
 """The command line: `info` says what is installed, `bench` measures it."""
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -8,7 +9,6 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -55,14 +55,14 @@ def machine() -> dict[str, Any]:
         "jax": jax.__version__,
         "jaxlib": metadata.version("jaxlib"),
         "python": platform.python_version(),
-        "implementations": {name: asdict(one) for name, one in implementations().items()},
+        "implementations": {name: dataclasses.asdict(one) for name, one in implementations().items()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
 def write_json(path: Path, header: dict[str, Any], rows: Iterable[Row]) -> None:
     """Writes all that was measured; whoever reads the file finds all of it or the old one."""
-    report = {"machine": header, "rows": [asdict(row) for row in rows]}
+    report = {"machine": header, "rows": [dataclasses.asdict(row) for row in rows]}
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     part.replace(path)
@@ -123,6 +123,7 @@ def _bench(arguments: argparse.Namespace, console: Console) -> int:
         for case in cases:
             progress.update(task, description=str(case))
             try:
+                case = dataclasses.replace(case, chain=arguments.layers)
                 rows.append(bench.measure(case, seconds=arguments.seconds, implementation=wanted))
             except KeyboardInterrupt:
                 failures.append("interrupted: the cases that follow were not measured")
@@ -282,6 +283,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--rank", nargs="+", type=_positive, metavar="R", help="default 8")
     add("--dtype", nargs="+", choices=bench.DTYPES)
     add("--direction", nargs="+", choices=bench.DIRECTIONS)
+    add(
+        "--layers",
+        type=_positive,
+        metavar="L",
+        help="layers in the chain; few of them stay in a cache (default: enough to move 64 MB)",
+    )
     add("--seconds", type=_seconds, default=2.0, help="time to measure a case (default 2)")
     add(
         "--implementation",

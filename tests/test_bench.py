@@ -33,7 +33,7 @@ def measured(monkeypatch):
         ratio = Ratio(1.0 if case.rows == 1 else 2.0, 1.0, (0.9, 1.1))
         base = (12.5, ratio) if case.has_kernel else (None, None)
         form = "base / kernel" if case.has_kernel else ""
-        return Row(case, form, 2, 1, 7, 123456.0, 123456.0, base[0], ratio, base[1], 1.0, 2.0, 0.0)
+        return Row(case, form, 2, 7, 123456.0, 123456.0, base[0], ratio, base[1], 1.0, 2.0, 0.0)
 
     monkeypatch.setattr(bench, "measure", measure)
     return calls
@@ -71,7 +71,8 @@ def test_sides_take_turns_in_every_order():
     sides = {name: lambda name=name: calls.append(name) for name in ("ours", "xla", "base")}
     times = bench._interleave(sides, 0.0)
     assert {len(series) for series in times.values()} == {bench.MIN_ROUNDS}
-    rounds = [tuple(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert calls[::2] == calls[1::2]  # a turn is a call that is not timed and one that is
+    rounds = [tuple(calls[i : i + 6 : 2]) for i in range(0, len(calls), 6)]
     assert all(set(turn) == set(sides) for turn in rounds)
     assert len(set(rounds)) == 6
 
