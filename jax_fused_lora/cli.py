@@ -55,7 +55,9 @@ def machine() -> dict[str, Any]:
         "jax": jax.__version__,
         "jaxlib": metadata.version("jaxlib"),
         "python": platform.python_version(),
-        "implementations": {name: dataclasses.asdict(one) for name, one in implementations().items()},
+        "implementations": {
+            name: dataclasses.asdict(one) for name, one in implementations().items()
+        },
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

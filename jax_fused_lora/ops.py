@@ -112,8 +112,23 @@ def _lora(
         lora_b = scaling.astype(jnp.float32) * lora_b.astype(jnp.float32)
         scaling = 1.0
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # not -1, which an empty x leaves open
-    y = _call(_Static(scaling, implementation), rows, lora_a, lora_b, kernel, bias)
+    y = _call(_Static(scaling, implementation), *_varying_alike(rows, lora_a, lora_b, kernel, bias))
     return y.reshape(*x.shape[:-1], lora_b.shape[1])
+
+
+def _varying_alike(*operands: jax.Array | None) -> list[jax.Array | None]:
+    """Inside `shard_map`, makes every operand vary over the mesh axes that any of them varies over.
+
+    A gradient of an operand that is the same on all devices is the sum over them of what each
+    computes. The transpose of this cast is that sum; a `custom_vjp` behind it has none of its own,
+    and its gradients of replicated adapters would silently be one device's part.
+    """
+    vmas = [frozenset() if o is None else jax.typeof(o).manual_axis_type.varying for o in operands]
+    every = frozenset().union(*vmas)
+    return [
+        o if o is None or own == every else jax.lax.pcast(o, tuple(every - own), to="varying")
+        for o, own in zip(operands, vmas, strict=True)
+    ]
 
 
 # ---- The differentiable call on two-dimensional operands.
