@@ -106,8 +106,7 @@ def _native_forward(
     if form == "xla" and implementation is None:
         return reference.forward(x, lora_a, lora_b, *rest, scaling=scaling)
     if form == "base" and rest:
-        base = reference.contract(x, rest[0], 1, 0)
-        rest = (base if len(rest) == 1 else base + rest[1],)
+        rest = (reference.contract(x, rest[0], 1, 0), *rest[1:])
     elif form == "xla":  # native code was asked for by name
         form = "kernel" if rest else "delta"
     in_place = form == "base" and x.dtype == jnp.float32
@@ -117,7 +116,7 @@ def _native_forward(
         (
             jax.ShapeDtypeStruct((m, n), x.dtype),
             jax.ShapeDtypeStruct((m, r), jnp.float32),
-            _workspace(r * (k + n) + slices * m * n),
+            _workspace(r * (k + n) + n + slices * m * n),
         ),
         input_output_aliases={3: 0} if in_place else None,
     )(x, lora_a, lora_b, *rest,
@@ -231,9 +230,8 @@ def _batch(
 ) -> tuple[Any, Any]:
     """Batches a call: folds the batch into its rows, or maps over it one call at a time.
 
-    Folding needs the operands that have rows, and only those, to be mapped, and every result to
-    have rows. Otherwise `jax.lax.map` runs the calls in turn; an operand that is not mapped is
-    never copied per element.
+    Folding needs that no operand without rows is mapped, and every result to have rows. Otherwise
+    `jax.lax.map` runs the calls in turn; an operand that is not mapped is never copied per element.
     """
     mapped = {i for i, dim in enumerate(dims) if dim is not None}
     size = next(operands[i].shape[dims[i]] for i in mapped)
@@ -241,14 +239,15 @@ def _batch(
         operand if dim is None else jnp.moveaxis(operand, dim, 0)
         for operand, dim in zip(operands, dims, strict=True)
     ]
-    if mapped == set(rows) and params.get("grads", "x") == "x":
+    if mapped <= set(rows) and params.get("grads", "x") == "x":
+        m = moved[rows[0]].shape[-2]
         folded = [
-            operand.reshape(-1, operand.shape[-1]) if i in mapped else operand
-            for i, operand in enumerate(moved)
+            jnp.broadcast_to(o, (size, *o.shape[-2:])).reshape(size * m, o.shape[-1])
+            if i in rows
+            else o
+            for i, o in enumerate(moved)
         ]
-        results = primitive.bind(*folded, **params)
-        results = [r.reshape(size, r.shape[0] // size if size else moved[0].shape[1], r.shape[1])
-                   for r in results]  # fmt: skip
+        results = [r.reshape(size, m, r.shape[1]) for r in primitive.bind(*folded, **params)]
     else:
 
         def one(batched: Sequence[jax.Array]) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 
 from jax_fused_lora.ops import lora_forward, lora_linear
@@ -82,6 +83,8 @@ class LoRA(nnx.LoRA):
         return self._delta(x, lora_a, lora_b) + base(x, **kwargs)
 
     def _delta(self, x: jax.Array, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
+        # A promote_dtype of one's own may leave dtypes mixed, which Flax leaves to `@`.
+        x, lora_a, lora_b = promote_dtype((x, lora_a, lora_b))
         return lora_forward(
             x, lora_a, lora_b, scaling=self.scaling, implementation=self.implementation
         )
@@ -108,7 +111,8 @@ class LoRA(nnx.LoRA):
             and linear.precision is None
             and linear.preferred_element_type is None
         )
-        if not plain or not inputs.dtype == x.dtype == lora_a.dtype == lora_b.dtype:
+        operands = (inputs, kernel, x, lora_a, lora_b, *([] if bias is None else [bias]))
+        if not plain or len({operand.dtype for operand in operands}) > 1:
             return None
         return lora_linear(
             inputs,

@@ -36,7 +36,7 @@ struct ForwardCall {
   const void* a = nullptr;       // (k, r)
   const void* b = nullptr;       // (r, n)
   const void* kernel = nullptr;  // (k, n), form kKernel
-  const void* bias = nullptr;    // (n), form kKernel, may be absent
+  const void* bias = nullptr;    // (n), not with form kDelta, may be absent
   const float* base = nullptr;   // (m, n), form kBase
   void* y = nullptr;             // (m, n)
   float* h = nullptr;            // (m, r)
@@ -162,8 +162,13 @@ class Checker {
     return Form::kDelta;
   }
 
-  int64_t Slices(int64_t slices) {
-    if (slices < 1) Fail("slices is " + std::to_string(slices) + ", needed at least 1");
+  // No more slices than there is to slice, so that products of sizes cannot overflow.
+  int64_t Slices(int64_t slices, int64_t most) {
+    if (slices < 1 || slices > std::max<int64_t>(most, 1)) {
+      Fail("slices is " + std::to_string(slices) + ", needed 1 to " +
+           std::to_string(std::max<int64_t>(most, 1)));
+      return 1;
+    }
     return slices;
   }
 
@@ -188,7 +193,7 @@ class Checker {
 
 }  // namespace internal
 
-// Operands: x, A, B, then W [, bias] or base. Results: y, h, workspace.
+// Operands: x, A, B, then W or base [, bias]. Results: y, h, workspace.
 inline ffi::Error ReadForward(ffi::AnyBuffer x, ffi::AnyBuffer a, ffi::AnyBuffer b,
                               ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y,
                               ffi::Result<ffi::AnyBuffer> h, ffi::Result<ffi::AnyBuffer> workspace,
@@ -200,11 +205,11 @@ inline ffi::Error ReadForward(ffi::AnyBuffer x, ffi::AnyBuffer a, ffi::AnyBuffer
   c.b_dtype = check.AdapterB(b, c.dtype);
   c.scaling = scaling;
   c.form = check.ReadForm(form);
-  c.slices = check.Slices(slices);
   check.Storage(c.dtype, "x");
   std::tie(c.m, c.k) = check.Matrix(x, "x");
   c.r = check.Matrix(a, "lora_a").second;
   c.n = check.Matrix(b, "lora_b").second;
+  c.slices = check.Slices(slices, c.k);
 
   c.x = x.untyped_data();
   c.a = check.Data(a, "lora_a", c.dtype, {c.k, c.r});
@@ -212,26 +217,17 @@ inline ffi::Error ReadForward(ffi::AnyBuffer x, ffi::AnyBuffer a, ffi::AnyBuffer
   c.y = check.Data(*y, "y", c.dtype, {c.m, c.n});
   c.h = static_cast<float*>(check.Data(*h, "h", ffi::DataType::F32, {c.m, c.r}));
   check.Workspace(*workspace, &c.workspace, &c.workspace_size);
-  switch (c.form) {
-    case Form::kDelta:
-      check.Count(rest.size(), 0, 0, "operands after x, lora_a, lora_b");
-      break;
-    case Form::kKernel:
-      check.Count(rest.size(), 1, 2, "operands after x, lora_a, lora_b");
-      if (rest.size() >= 1) {
-        c.kernel = check.Data(check.Take(rest, 0, x), "kernel", c.dtype, {c.k, c.n});
-      }
-      if (rest.size() >= 2) {
-        c.bias = check.Data(check.Take(rest, 1, x), "bias", c.dtype, {c.n});
-      }
-      break;
-    case Form::kBase:
-      check.Count(rest.size(), 1, 1, "operands after x, lora_a, lora_b");
-      if (rest.size() >= 1) {
-        c.base = static_cast<const float*>(
-            check.Data(check.Take(rest, 0, x), "base", ffi::DataType::F32, {c.m, c.n}));
-      }
-      break;
+  const bool delta = c.form == Form::kDelta;
+  check.Count(rest.size(), delta ? 0 : 1, delta ? 0 : 2, "operands after x, lora_a, lora_b");
+  if (rest.size() >= 1 && c.form == Form::kKernel) {
+    c.kernel = check.Data(check.Take(rest, 0, x), "kernel", c.dtype, {c.k, c.n});
+  }
+  if (rest.size() >= 1 && c.form == Form::kBase) {
+    c.base = static_cast<const float*>(
+        check.Data(check.Take(rest, 0, x), "base", ffi::DataType::F32, {c.m, c.n}));
+  }
+  if (rest.size() >= 2) {
+    c.bias = check.Data(check.Take(rest, 1, x), "bias", c.dtype, {c.n});
   }
   return check.error();
 }
@@ -248,11 +244,11 @@ inline ffi::Error ReadBackward(ffi::AnyBuffer g, ffi::AnyBuffer x, ffi::AnyBuffe
   c.b_dtype = check.AdapterB(b, c.dtype);
   c.scaling = scaling;
   c.form = check.ReadForm(form);
-  c.slices = check.Slices(slices);
   check.Storage(c.dtype, "x");
   std::tie(c.m, c.k) = check.Matrix(x, "x");
   c.r = check.Matrix(a, "lora_a").second;
   c.n = check.Matrix(b, "lora_b").second;
+  c.slices = check.Slices(slices, c.m);
 
   c.x = x.untyped_data();
   c.g = check.Data(g, "g", c.dtype, {c.m, c.n});

@@ -79,7 +79,7 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(implementation, shape, kernel, dtype):
     rows, k, n, rank = shape
-    operands = oracle.operands((rows,), k, n, rank, dtype, kernel=kernel, bias=False)
+    operands = oracle.operands((rows,), k, n, rank, dtype, kernel=kernel, bias=kernel)
     check_everything(operands, -1.5, implementation, dtype)
 
 

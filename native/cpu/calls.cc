@@ -98,19 +98,21 @@ ffi::Error LoraForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer a,
   Workspace space(c.workspace, c.workspace_size);
   float* at = few_to_shrink ? nullptr : space.Take(c.k * c.r);
   float* wide_b = c.b_dtype == ffi::DataType::F32 ? nullptr : space.Take(c.r * c.n);
+  float* wide_bias = !c.bias || c.dtype == ffi::DataType::F32 ? nullptr : space.Take(c.n);
   float* partial = product ? space.Take(c.slices * c.m * c.n) : nullptr;
   error = space.Check("lora_forward");
   if (error.failure()) return error;
   const float* bf = wide_b ? wide_b : static_cast<const float*>(c.b);
+  const float* bias = wide_bias ? wide_bias : static_cast<const float*>(c.bias);
 
   const int64_t work = (c.k + c.n) * c.r * std::max<int64_t>(c.m, 1) +
                        (product ? c.k * c.n * std::max<int64_t>(c.m, 8) : 0);
   const int64_t threads = work < kWorthAThread ? 1 : std::max<int64_t>(pool.num_threads(), 1);
 
-  // What needs nothing but operands: A and B in float32, and x·W in blocks of a slice of k, a
+  // What needs nothing but operands: A, B and bias in float32, and x·W in blocks of a slice of k, a
   // range of columns and a range of rows.
   const int64_t a_blocks = at ? Blocks(c.k, kTransposeBlock) : 0;
-  const int64_t b_blocks = wide_b ? 1 : 0;
+  const int64_t b_blocks = wide_b || wide_bias ? 1 : 0;
   const int64_t row_ranges = Blocks(c.m, kProductRows);
   const int64_t columns = few ? kFewColumns : kManyColumns;
   const int64_t column_ranges = Blocks(c.n, columns);
@@ -122,7 +124,11 @@ ffi::Error LoraForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer a,
       return;
     }
     index -= a_blocks;
-    if (index < b_blocks) return KernelsFor(c.b_dtype).widen(c.b, c.r * c.n, wide_b);
+    if (index < b_blocks) {
+      if (wide_b) kernels.widen(c.b, c.r * c.n, wide_b);
+      if (wide_bias) kernels.widen(c.bias, c.n, wide_bias);
+      return;
+    }
     index -= b_blocks;
     const int64_t m0 = index % row_ranges * kProductRows;
     const int64_t j0 = index / row_ranges % column_ranges * columns;
@@ -146,7 +152,7 @@ ffi::Error LoraForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer a,
     }
     if (product) return;
     kernels.expand(to, rows, c.r, bf, c.n, c.n, c.scaling, c.base ? c.base + m0 * c.n : nullptr,
-                   c.n, At(c.y, m0 * c.n, c.dtype), c.n);
+                   c.n, bias, At(c.y, m0 * c.n, c.dtype), c.n);
   };
 
   // The sum of the slices, bias and low-rank part of a block of y, rounded once.
@@ -159,10 +165,9 @@ ffi::Error LoraForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer a,
     const int64_t rows = std::min(finish_rows, c.m - m0);
     const int64_t width = std::min(finish_columns, c.n - j0);
     float* sums = ThreadScratch()->sums;
-    kernels.gather(partial + m0 * c.n + j0, c.slices, c.m * c.n, rows, c.n, width,
-                   c.bias ? At(c.bias, j0, c.dtype) : nullptr, sums);
+    kernels.gather(partial + m0 * c.n + j0, c.slices, c.m * c.n, rows, c.n, width, sums);
     kernels.expand(c.h + m0 * c.r, rows, c.r, bf + j0, c.n, width, c.scaling, sums, width,
-                   At(c.y, m0 * c.n + j0, c.dtype), c.n);
+                   bias ? bias + j0 : nullptr, At(c.y, m0 * c.n + j0, c.dtype), c.n);
   };
 
   RunPhases(pool, threads,
@@ -225,7 +230,7 @@ ffi::Error LoraBackward(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer x
       if (da) kernels.outer(tm, rows, c.r, xm, c.k, 1.0f, da);
       if (c.dx && !product) {
         kernels.expand(tm, rows, c.r, at, c.k, c.k, 1.0f, c.base ? c.base + m0 * c.k : nullptr, c.k,
-                       At(c.dx, m0 * c.k, c.dtype), c.k);
+                       nullptr, At(c.dx, m0 * c.k, c.dtype), c.k);
       }
     }
   };
@@ -263,7 +268,7 @@ ffi::Error LoraBackward(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer x
                                            width, scratch->sums, scratch);
                 phases.WaitBefore(2);
                 kernels.expand(t + m0 * c.r, rows, c.r, at + k0, c.k, width, 1.0f, scratch->sums,
-                               width, At(c.dx, m0 * c.k + k0, c.dtype), c.k);
+                               width, nullptr, At(c.dx, m0 * c.k + k0, c.dtype), c.k);
                 return;
               }
               phases.WaitBefore(2);
@@ -287,7 +292,7 @@ XLA_FFI_DEFINE_HANDLER(kForward, LoraForward,
                            .Arg<ffi::AnyBuffer>()  // x
                            .Arg<ffi::AnyBuffer>()  // lora_a
                            .Arg<ffi::AnyBuffer>()  // lora_b
-                           .RemainingArgs()        // kernel [, bias] or base
+                           .RemainingArgs()        // kernel or base [, bias]
                            .Ret<ffi::AnyBuffer>()  // y
                            .Ret<ffi::AnyBuffer>()  // h
                            .Ret<ffi::AnyBuffer>()  // workspace

@@ -62,7 +62,8 @@ HWY_INLINE void StoreFloat(VF v, hwy::bfloat16_t* to) {
   const VU odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1));
   const VU rounded = hn::ShiftRight<16>(hn::Add(bits, hn::Add(odd, hn::Set(du, 0x7FFF))));
   const VU quiet = hn::Or(hn::ShiftRight<16>(bits), hn::Set(du, 0x40));
-  StoreBits(hn::IfThenElse(hn::RebindMask(du, hn::Ne(v, v)), quiet, rounded), to);
+  // Not Ne(v, v), which Highway 1.0 finds false for NaN on AVX2 and newer.
+  StoreBits(hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(v)), quiet, rounded), to);
 }
 
 #if JAX_FUSED_LORA_HARDWARE_F16

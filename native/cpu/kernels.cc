@@ -157,9 +157,9 @@ void Shrink(const void* x_, size_t m, size_t k, const float* at, size_t r, float
 
 template <class T>
 void Expand(const float* h, size_t m, size_t r, const float* b, size_t b_row, size_t n, float scale,
-            const float* init, size_t init_row, void* y, size_t y_row) {
+            const float* init, size_t init_row, const float* bias, void* y, size_t y_row) {
   Nn<0, float, T>(m, n, r, {h, r, 1}, {b, b_row}, scale, {init, init_row},
-                  {static_cast<T*>(y), y_row});
+                  {static_cast<T*>(y), y_row}, bias);
 }
 
 template <class T>
@@ -211,28 +211,6 @@ void Product(const void* x_, size_t m, size_t k, size_t k0, size_t k1, const voi
 }
 
 template <class T>
-void Gather(const float* partial, size_t slices, size_t stride, size_t m, size_t partial_row,
-            size_t columns, const void* bias_, float* out) {
-  const T* bias = static_cast<const T*>(bias_);
-  for (size_t i = 0; i < m; ++i) {
-    const float* from = partial + i * partial_row;
-    float* to = out + i * columns;
-    const auto sum = [&](size_t j, auto load) HWY_ATTR {
-      VF total = load(from + j);
-      for (size_t s = 1; s < slices; ++s) total = hn::Add(total, load(from + s * stride + j));
-      return bias == nullptr ? total : hn::Add(total, load(bias + j));
-    };
-    size_t j = 0;
-    for (; j + kLanes <= columns; j += kLanes) {
-      StoreFloat(sum(j, [](auto* at) HWY_ATTR { return LoadFloat(at); }), to + j);
-    }
-    if (const size_t left = columns - j) {
-      StoreFloatN(sum(j, [=](auto* at) HWY_ATTR { return LoadFloatN(at, left); }), to + j, left);
-    }
-  }
-}
-
-template <class T>
 void ProductTransposed(const void* g_, size_t m, size_t n, const void* w_, size_t k0,
                        size_t columns, float* out, Scratch* scratch) {
   const T* g = static_cast<const T*>(g_);
@@ -260,6 +238,13 @@ void Sum(const float* partial, size_t slices, size_t stride, size_t i0, size_t i
   if (i < i1) {
     StoreFloatN(sum(i, [&](const float* from) HWY_ATTR { return LoadFloatN(from, i1 - i); }),
                 out + i, i1 - i);
+  }
+}
+
+void Gather(const float* partial, size_t slices, size_t stride, size_t m, size_t partial_row,
+            size_t columns, float* out) {
+  for (size_t i = 0; i < m; ++i) {
+    Sum<float>(partial + i * partial_row, slices, stride, 0, columns, out + i * columns);
   }
 }
 
@@ -299,7 +284,7 @@ template <class T>
 constexpr Kernels Table() {
   return {&ShrinkFew<T>, &Transpose<T>,    &Widen<T>,
           &Shrink<T>,    &Expand<T>,       &Outer<T>,
-          &Product<T>,   &Gather<T>,       &ProductTransposed<T>,
+          &Product<T>,   &Gather,          &ProductTransposed<T>,
           &Sum<T>,       &SumTransposed<T>};
 }
 

@@ -40,10 +40,11 @@ struct Kernels {
   void (*shrink)(const void* x, size_t m, size_t k, const float* at, size_t r, float scale,
                  float* h, Scratch* scratch);
 
-  // y (m, n) = init + scale · h (m, r) · b (r, n) with row distances for b, init and y. `init`
-  // may be null, and may be y where T is float32.
+  // y (m, n) = init + bias + scale · h (m, r) · b (r, n) with row distances for b, init and y.
+  // `init` and `bias` (n) may be null, and `init` may be y where T is float32.
   void (*expand)(const float* h, size_t m, size_t r, const float* b, size_t b_row, size_t n,
-                 float scale, const float* init, size_t init_row, void* y, size_t y_row);
+                 float scale, const float* init, size_t init_row, const float* bias, void* y,
+                 size_t y_row);
 
   // out (r, n) += scale · hᵀ · g, h (m, r), g (m, n).
   void (*outer)(const float* h, size_t m, size_t r, const void* g, size_t n, float scale,
@@ -54,10 +55,10 @@ struct Kernels {
   void (*product)(const void* x, size_t m, size_t k, size_t k0, size_t k1, const void* w, size_t n,
                   size_t j0, size_t columns, float* out, size_t out_row, Scratch* scratch);
 
-  // out (m, columns) = Σ over `slices` of partial[slice · stride + ...] + bias, partial's rows
-  // partial_row apart. `bias` may be null.
+  // out (m, columns) = Σ over `slices` of partial[slice · stride + ...], partial's rows
+  // partial_row apart.
   void (*gather)(const float* partial, size_t slices, size_t stride, size_t m, size_t partial_row,
-                 size_t columns, const void* bias, float* out);
+                 size_t columns, float* out);
 
   // out (m, columns) = g (m, n) · w (k, n)[k0 : k0 + columns]ᵀ, m ≤ kRows.
   void (*product_transposed)(const void* g, size_t m, size_t n, const void* w, size_t k0,

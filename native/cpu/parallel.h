@@ -19,7 +19,6 @@
 #include <thread>
 
 #include "hwy/cache_control.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace jax_fused_lora {
 
@@ -86,9 +85,9 @@ class Phases {
 
 // Calls body(phases, phase, index) for every block of every phase, on at most `threads` threads
 // of `pool`, the caller among them. A body that needs the results of earlier phases calls
-// phases.WaitBefore(phase) itself, as late as it can.
-template <class Body>
-void RunPhases(xla::ffi::ThreadPool& pool, int64_t threads, const Phases::Sizes& sizes, Body body) {
+// phases.WaitBefore(phase) itself, as late as it can. Pool is xla::ffi::ThreadPool, or a test's.
+template <class Pool, class Body>
+void RunPhases(Pool& pool, int64_t threads, const Phases::Sizes& sizes, Body body) {
   if (threads <= 1) {
     Phases phases(sizes, 1);
     phases.Work(0, body);

@@ -1,6 +1,6 @@
 // The two register-tiled products that every pass is made of.
 //
-//   Nn: out[i, j] = init[i, j] + scale · Σ_p a(i, p) · b[p, j]     b's rows run along j
+//   Nn: out[i, j] = init[i, j] + bias[j] + scale · Σ_p a(i, p) · b[p, j]     b's rows run along j
 //   Nt: out[i, j] = scale · Σ_p a[i, p] · b[j, p]  (+ out[i, j])   both run along p
 //
 // In each the vectors lie along a long axis (in_features or out_features), never along the rank:
@@ -49,7 +49,7 @@ struct Rows {
 
 template <size_t kRows, size_t kVecs, bool kTail, size_t kAhead, class TB, class TO>
 HWY_INLINE void NnTile(size_t k, Scalars a, Rows<const TB> b, float scale, Rows<const float> init,
-                       Rows<TO> out, size_t columns) {
+                       const float* bias, Rows<TO> out, size_t columns) {
   const DF d;
   VF acc[kRows][kVecs];
   JAX_FUSED_LORA_UNROLL
@@ -84,6 +84,10 @@ HWY_INLINE void NnTile(size_t k, Scalars a, Rows<const TB> b, float scale, Rows<
         const float* from = init.data + i * init.row + j * kLanes;
         start = kTail ? LoadFloatN(from, columns) : LoadFloat(from);
       }
+      if (bias != nullptr) {
+        const float* from = bias + j * kLanes;
+        start = hn::Add(start, kTail ? LoadFloatN(from, columns) : LoadFloat(from));
+      }
       const VF v = hn::MulAdd(acc[i][j], vscale, start);
       TO* to = out.data + i * out.row + j * kLanes;
       if (kTail) {
@@ -97,9 +101,9 @@ HWY_INLINE void NnTile(size_t k, Scalars a, Rows<const TB> b, float scale, Rows<
 
 template <size_t kVecs, bool kTail, size_t kAhead, class TB, class TO>
 HWY_INLINE void NnPanel(size_t m, size_t k, Scalars a, Rows<const TB> b, float scale,
-                        Rows<const float> init, Rows<TO> out, size_t columns) {
+                        Rows<const float> init, const float* bias, Rows<TO> out, size_t columns) {
   const auto tile = [&](auto rows) HWY_ATTR {
-    NnTile<decltype(rows)::value, kVecs, kTail, kAhead>(k, a, b, scale, init, out, columns);
+    NnTile<decltype(rows)::value, kVecs, kTail, kAhead>(k, a, b, scale, init, bias, out, columns);
     a.data += decltype(rows)::value * a.row;
     if (init.data != nullptr) init.data += decltype(rows)::value * init.row;
     out.data += decltype(rows)::value * out.row;
@@ -111,17 +115,18 @@ HWY_INLINE void NnPanel(size_t m, size_t k, Scalars a, Rows<const TB> b, float s
   if (m >= 1) tile(std::integral_constant<size_t, 1>());
 }
 
-// out (m, n) = init + scale · a (m, k) · b (k, n). `init` may be null (zero), may repeat one row
-// (row distance 0), and may be `out` itself. b comes from memory, not a cache, where kAhead is not
+// out (m, n) = init + bias + scale · a (m, k) · b (k, n). `init` (m, n) and `bias` (n) may be null,
+// and `init` may be `out` itself. b comes from memory, not a cache, where kAhead is not
 // 0: the line that many rows on is asked for early.
 template <size_t kAhead, class TB, class TO>
 HWY_INLINE void Nn(size_t m, size_t n, size_t k, Scalars a, Rows<const TB> b, float scale,
-                   Rows<const float> init, Rows<TO> out) {
+                   Rows<const float> init, Rows<TO> out, const float* bias = nullptr) {
   size_t j = 0;
   const auto panel = [&](auto vecs, auto tail) HWY_ATTR {
     const Rows<const float> from = {init.data == nullptr ? nullptr : init.data + j, init.row};
     NnPanel<decltype(vecs)::value, decltype(tail)::value, kAhead, TB, TO>(
-        m, k, a, {b.data + j, b.row}, scale, from, {out.data + j, out.row}, n - j);
+        m, k, a, {b.data + j, b.row}, scale, from, bias == nullptr ? nullptr : bias + j,
+        {out.data + j, out.row}, n - j);
     j += decltype(vecs)::value * kLanes;
   };
   while (j + kNnVecs * kLanes <= n) {

@@ -1,0 +1,543 @@
+// Every kernel, storage type and instruction set against plain loops.
+//
+// Each operand is a heap block of exactly its size, so that AddressSanitizer sees a step over
+// either end; results start as NaN, so that an entry left out shows; and so does the scratch
+// memory, so that what an earlier call left there cannot help.
+//
+// Operands are small integers, whose products and sums are exact in float32 in any order: a result
+// is right to the last bit or wrong, and no tolerance can hide a term lost or counted twice.
+
+#include "native/cpu/kernels.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "hwy/targets.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace jax_fused_lora {
+namespace {
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr Storage kStorages[] = {Storage::kFloat32, Storage::kBfloat16, Storage::kFloat16};
+
+const char* Name(Storage storage) {
+  return storage == Storage::kFloat32    ? "float32"
+         : storage == Storage::kBfloat16 ? "bfloat16"
+                                         : "float16";
+}
+
+int passed = 0, failed = 0;
+
+// Counts a case, and prints one that failed.
+bool Check(bool ok, Storage storage, const char* format, ...) __attribute__((format(printf, 3, 4)));
+bool Check(bool ok, Storage storage, const char* format, ...) {
+  ok ? ++passed : ++failed;
+  if (!ok) {
+    std::printf("FAILED %s %s ", InstructionSet(), Name(storage));
+    va_list arguments;
+    va_start(arguments, format);
+    std::vprintf(format, arguments);
+    va_end(arguments);
+    std::printf("\n");
+  }
+  return ok;
+}
+
+float FromBits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+uint32_t ToBits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// The two 16-bit formats by their definition: (-1)^sign · 2^(exponent - bias) · 1.mantissa.
+struct Format {
+  int mantissa_bits, bias;
+
+  explicit Format(Storage storage)
+      : mantissa_bits(storage == Storage::kBfloat16 ? 7 : 10),
+        bias(storage == Storage::kBfloat16 ? 127 : 15) {}
+
+  uint16_t Infinity() const { return (2 * bias + 1) << mantissa_bits; }
+
+  double Widen(uint16_t half) const {
+    const int magnitude = half & 0x7FFF, exponent = magnitude >> mantissa_bits;
+    const int mantissa = magnitude & ((1 << mantissa_bits) - 1);
+    double value;
+    if (magnitude > Infinity()) {
+      value = std::numeric_limits<double>::quiet_NaN();
+    } else if (magnitude == Infinity()) {
+      value = std::numeric_limits<double>::infinity();
+    } else if (exponent == 0) {
+      value = std::ldexp(mantissa, 1 - bias - mantissa_bits);
+    } else {
+      value = std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
+    }
+    return half & 0x8000 ? -value : value;
+  }
+
+  // To the nearest, to the even one of two. Not for NaN.
+  uint16_t Narrow(double value) const {
+    const int sign = std::signbit(value) ? 0x8000 : 0;
+    const double magnitude = std::fabs(value);
+    if (std::isinf(magnitude)) return sign | Infinity();
+    const int exponent = magnitude == 0 ? 1 - bias : std::max(std::ilogb(magnitude), 1 - bias);
+    // Counted in units of the last place. The leading one, and a carry out of rounding, add one
+    // to the exponent field, up to infinity.
+    const int units =
+        static_cast<int>(std::nearbyint(std::ldexp(magnitude, mantissa_bits - exponent)));
+    const int bits = ((exponent + bias - 1) << mantissa_bits) + units;
+    return sign | std::min<int>(bits, Infinity());
+  }
+};
+
+// A heap block of exactly `size` elements of a storage type, all NaN.
+class Block {
+ public:
+  Block(Storage storage, size_t size)
+      : storage_(storage), size_(size), data_(new unsigned char[size * Width()]) {
+    for (size_t i = 0; i < size; ++i) SetNan(i);
+  }
+
+  static Block Integers(Storage storage, size_t size) {
+    Block block(storage, size);
+    for (size_t i = 0; i < size; ++i) block.Set(i, Integer());
+    return block;
+  }
+
+  // ±1 to ±4: never 0, which would hide a term.
+  static int Integer() {
+    static uint32_t state = 1;
+    state = state * 1664525 + 1013904223;
+    const int magnitude = 1 + (state >> 30);
+    return state >> 29 & 1 ? -magnitude : magnitude;
+  }
+
+  size_t size() const { return size_; }
+  float* floats() { return reinterpret_cast<float*>(data_.get()); }
+  void* at(size_t i) { return data_.get() + i * Width(); }
+
+  double operator[](size_t i) const {
+    if (storage_ == Storage::kFloat32) return FromBits(Load<uint32_t>(i));
+    return Format(storage_).Widen(Load<uint16_t>(i));
+  }
+
+  // Rounds once, as the kernels must.
+  void Set(size_t i, double value) {
+    if (storage_ == Storage::kFloat32) {
+      Store(i, ToBits(static_cast<float>(value)));
+    } else {
+      Store(i, Format(storage_).Narrow(value));
+    }
+  }
+
+  void SetNan(size_t i) {
+    if (storage_ == Storage::kFloat32) {
+      Store<uint32_t>(i, 0x7FC00000);
+    } else {
+      Store<uint16_t>(i, 0x7FFF);
+    }
+  }
+
+  bool operator==(const Block& other) const {
+    return std::equal(data_.get(), data_.get() + size_ * Width(), other.data_.get());
+  }
+
+  Block Copy() const {
+    Block copy(storage_, size_);
+    std::copy_n(data_.get(), size_ * Width(), copy.data_.get());
+    return copy;
+  }
+
+ private:
+  size_t Width() const { return storage_ == Storage::kFloat32 ? 4 : 2; }
+
+  template <class Bits>
+  Bits Load(size_t i) const {
+    Bits bits;
+    std::memcpy(&bits, data_.get() + i * sizeof bits, sizeof bits);
+    return bits;
+  }
+
+  template <class Bits>
+  void Store(size_t i, Bits bits) {
+    std::memcpy(data_.get() + i * sizeof bits, &bits, sizeof bits);
+  }
+
+  Storage storage_;
+  size_t size_;
+  std::unique_ptr<unsigned char[]> data_;
+};
+
+Block Floats(size_t size) { return Block(Storage::kFloat32, size); }
+Block FloatIntegers(size_t size) { return Block::Integers(Storage::kFloat32, size); }
+
+// Elements from the first of row 0 to the last of row m - 1.
+size_t Extent(size_t m, size_t row, size_t n) { return m == 0 || n == 0 ? 0 : (m - 1) * row + n; }
+
+// One after the other of both sides of every limit at which a kernel takes another path.
+size_t NextSize() {
+  constexpr size_t kSizes[] = {0,  1,  2,  3,  4,  5,  7,   8,   9,   15,  16,  17,  23,  31,
+                               32, 33, 47, 63, 64, 65, 100, 127, 129, 130, 257, 511, 513, 1030};
+  static size_t next = 0;
+  // A stride that has no factor in common with the count, so that pairs of sizes vary too.
+  return kSizes[(next += 11) % (sizeof kSizes / sizeof *kSizes)];
+}
+
+constexpr size_t kRows[] = {0, 1, 2, 3, 4, 5, 6, 7, 11, 13, 35, 63, 64};
+constexpr size_t kRanks[] = {1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12,
+                             13, 14, 15, 16, 17, 18, 19, 20, 33, 64, 130};
+
+class Suite {
+ public:
+  explicit Suite(Storage storage)
+      : storage_(storage), kernels_(KernelsFor(storage)), scratch_(new Scratch) {}
+
+  void Run() {
+    for (size_t m : kRows) {
+      for (size_t r : kRanks) {
+        ShrinkFew(std::min<size_t>(m, 16), NextSize(), r);
+        Shrink(m, NextSize(), r);
+        Expand(m, r, NextSize());
+        Outer(m, r, NextSize());
+      }
+      for (int i = 0; i < 24; ++i) {
+        Product(m, NextSize(), NextSize());
+        ProductTransposed(m, NextSize(), NextSize());
+        for (size_t slices : {1, 2, 5}) Gather(slices, m, NextSize());
+      }
+    }
+    for (size_t r : kRanks) {
+      for (int i = 0; i < 6; ++i) {
+        Transpose(NextSize(), r);
+        for (size_t slices : {1, 3}) SumTransposed(slices, NextSize(), r);
+      }
+    }
+    for (int i = 0; i < 28; ++i) {
+      Widen(NextSize());
+      for (size_t slices : {1, 2, 5}) Sum(slices, NextSize());
+    }
+    if (storage_ != Storage::kFloat32) Conversions();
+  }
+
+ private:
+  Block Blank(size_t size) const { return Block(storage_, size); }
+  Block Integers(size_t size) const { return Block::Integers(storage_, size); }
+
+  Scratch* PoisonedScratch() {
+    std::fill_n(scratch_->sums, Scratch::kSums, kNan);
+    std::fill_n(scratch_->panel, Scratch::kPanelDepth * Scratch::kPanel, kNan);
+    std::fill_n(scratch_->rows, Scratch::kRows * Scratch::kDepth, kNan);
+    return scratch_.get();
+  }
+
+  void ShrinkFew(size_t m, size_t k, size_t r) {
+    Block x = Integers(m * k), a = Integers(k * r), h = Floats(m * r), expected = Floats(m * r);
+    for (size_t i = 0; i < m; ++i) {
+      for (size_t j = 0; j < r; ++j) {
+        double sum = 0;
+        for (size_t p = 0; p < k; ++p) sum += x[i * k + p] * a[p * r + j];
+        expected.Set(i * r + j, sum);
+      }
+    }
+    kernels_.shrink_few(x.at(0), m, k, a.at(0), r, h.floats(), PoisonedScratch());
+    Check(h == expected, storage_, "shrink_few m=%zu k=%zu r=%zu", m, k, r);
+  }
+
+  void Shrink(size_t m, size_t k, size_t r) {
+    const float scale = -0.75f;
+    Block x = Integers(m * k), at = FloatIntegers(r * k), h = Floats(m * r);
+    Block expected = Floats(m * r);
+    for (size_t i = 0; i < m; ++i) {
+      for (size_t j = 0; j < r; ++j) {
+        double sum = 0;
+        for (size_t p = 0; p < k; ++p) sum += x[i * k + p] * at[j * k + p];
+        expected.Set(i * r + j, scale * sum + 0.0);  // no negative zero
+      }
+    }
+    kernels_.shrink(x.at(0), m, k, at.floats(), r, scale, h.floats(), PoisonedScratch());
+    Block result = h.Copy();
+    for (size_t i = 0; i < m * r; ++i) result.Set(i, h[i] + 0.0);
+    Check(result == expected, storage_, "shrink m=%zu k=%zu r=%zu", m, k, r);
+  }
+
+  void Transpose(size_t k, size_t r) {
+    Block a = Integers(k * r), at = Floats(r * k), expected = Floats(r * k);
+    const size_t k0 = k / 3, k1 = k - k / 5;
+    for (size_t p = k0; p < k1; ++p) {
+      for (size_t j = 0; j < r; ++j) expected.Set(j * k + p, a[p * r + j]);
+    }
+    kernels_.transpose(a.at(0), k, r, k0, k1, at.floats());
+    Check(at == expected, storage_, "transpose k=%zu r=%zu k0=%zu k1=%zu", k, r, k0, k1);
+  }
+
+  void Widen(size_t n) {
+    Block from = Integers(n), to = Floats(n), expected = Floats(n);
+    for (size_t i = 0; i < n; ++i) expected.Set(i, from[i]);
+    kernels_.widen(from.at(0), n, to.floats());
+    Check(to == expected, storage_, "widen n=%zu", n);
+  }
+
+  void Expand(size_t m, size_t r, size_t n) {
+    const float scale = 0.75f;
+    // Rows further apart than they are long, as those of a range of columns are.
+    const size_t b_row = n + r % 3, y_row = n + m % 2;
+    Block h = FloatIntegers(m * r), b = FloatIntegers(Extent(r, b_row, n));
+    Block bias = FloatIntegers(n);
+    std::vector<double> products(m * n);
+    for (size_t i = 0; i < m; ++i) {
+      for (size_t p = 0; p < r; ++p) {
+        const double hp = h[i * r + p];
+        for (size_t j = 0; j < n; ++j) products[i * n + j] += hp * b[p * b_row + j];
+      }
+    }
+    enum { kNone, kApart, kInPlace, kInits };
+    for (int which = kNone; which < kInits; ++which) {
+      if (which == kInPlace && storage_ != Storage::kFloat32) continue;
+      for (bool biased : {false, true}) {
+        const size_t init_row = which == kInPlace ? y_row : n + 1;
+        Block init = FloatIntegers(Extent(m, init_row, n));
+        Block y = which == kInPlace ? init.Copy() : Blank(Extent(m, y_row, n));
+        Block expected = y.Copy();
+        for (size_t i = 0; i < m; ++i) {
+          for (size_t j = 0; j < n; ++j) {
+            const double start = which == kNone ? 0.0 : init[i * init_row + j];
+            expected.Set(i * y_row + j,
+                         start + (biased ? bias[j] : 0.0) + scale * products[i * n + j]);
+          }
+        }
+        const float* from = which == kNone      ? nullptr
+                            : which == kInPlace ? y.floats()
+                                                : init.floats();
+        kernels_.expand(h.floats(), m, r, b.floats(), b_row, n, scale, from, init_row,
+                        biased ? bias.floats() : nullptr, y.at(0), y_row);
+        Check(y == expected, storage_,
+              "expand m=%zu r=%zu n=%zu b_row=%zu y_row=%zu init=%d bias=%d", m, r, n, b_row, y_row,
+              which, biased);
+      }
+    }
+  }
+
+  void Outer(size_t m, size_t r, size_t n) {
+    const float scale = 0.75f;
+    Block h = FloatIntegers(m * r), g = Integers(m * n), out = FloatIntegers(r * n);
+    Block expected = out.Copy();
+    for (size_t p = 0; p < r; ++p) {
+      for (size_t j = 0; j < n; ++j) {
+        double sum = 0;
+        for (size_t i = 0; i < m; ++i) sum += h[i * r + p] * g[i * n + j];
+        expected.Set(p * n + j, expected[p * n + j] + scale * sum);
+      }
+    }
+    kernels_.outer(h.floats(), m, r, g.at(0), n, scale, out.floats());
+    Check(out == expected, storage_, "outer m=%zu r=%zu n=%zu", m, r, n);
+  }
+
+  void Product(size_t m, size_t k, size_t n) {
+    Block x = Integers(m * k), w = Integers(k * n);
+    struct Range {
+      size_t begin, end;
+    };
+    // All of W, and a part away from each of its edges. The column ranges reach both ends of W.
+    for (const Range ks : {Range{0, k}, Range{k / 4, k - k / 3}}) {
+      for (const Range js : {Range{0, n}, Range{0, n / 2}, Range{n / 2, n}}) {
+        const size_t columns = js.end - js.begin, row = columns + m % 3;
+        Block out = Floats(Extent(m, row, columns)), expected = out.Copy();
+        for (size_t i = 0; i < m; ++i) {
+          std::vector<double> sums(columns);
+          for (size_t p = ks.begin; p < ks.end; ++p) {
+            const double xp = x[i * k + p];
+            for (size_t j = 0; j < columns; ++j) sums[j] += xp * w[p * n + js.begin + j];
+          }
+          for (size_t j = 0; j < columns; ++j) expected.Set(i * row + j, sums[j]);
+        }
+        kernels_.product(x.at(0), m, k, ks.begin, ks.end, w.at(0), n, js.begin, columns,
+                         out.floats(), row, PoisonedScratch());
+        Check(out == expected, storage_, "product m=%zu k=%zu[%zu:%zu] n=%zu[%zu:%zu]", m, k,
+              ks.begin, ks.end, n, js.begin, js.end);
+        if (m * k * n > 1000000) return;  // the plain loops are slow
+      }
+    }
+  }
+
+  void ProductTransposed(size_t m, size_t n, size_t k) {
+    // As many columns as a block of dx has, at most.
+    const size_t k0 = k / 3, columns = std::min<size_t>(k - k0, 64);
+    Block g = Integers(m * n), w = Integers((k0 + columns) * n), out = Floats(m * columns);
+    Block expected = out.Copy();
+    for (size_t i = 0; i < m; ++i) {
+      for (size_t j = 0; j < columns; ++j) {
+        double sum = 0;
+        for (size_t p = 0; p < n; ++p) sum += g[i * n + p] * w[(k0 + j) * n + p];
+        expected.Set(i * columns + j, sum);
+      }
+    }
+    kernels_.product_transposed(g.at(0), m, n, w.at(0), k0, columns, out.floats(),
+                                PoisonedScratch());
+    Check(out == expected, storage_, "product_transposed m=%zu n=%zu k0=%zu columns=%zu", m, n, k0,
+          columns);
+  }
+
+  void Gather(size_t slices, size_t m, size_t columns) {
+    const size_t row = columns + slices % 2, stride = Extent(m, row, columns) + m % 2;
+    Block partial = FloatIntegers(Extent(slices, stride, Extent(m, row, columns)));
+    Block out = Floats(m * columns), expected = Floats(m * columns);
+    for (size_t i = 0; i < m; ++i) {
+      for (size_t j = 0; j < columns; ++j) {
+        double sum = 0;
+        for (size_t s = 0; s < slices; ++s) sum += partial[s * stride + i * row + j];
+        expected.Set(i * columns + j, sum);
+      }
+    }
+    kernels_.gather(partial.floats(), slices, stride, m, row, columns, out.floats());
+    Check(out == expected, storage_, "gather slices=%zu m=%zu columns=%zu", slices, m, columns);
+  }
+
+  void Sum(size_t slices, size_t n) {
+    const size_t stride = n + 1, i0 = n / 4, i1 = n - n / 5;
+    Block partial = FloatIntegers(Extent(slices, stride, n)), out = Blank(n), expected = Blank(n);
+    for (size_t i = i0; i < i1; ++i) {
+      double sum = 0;
+      for (size_t s = 0; s < slices; ++s) sum += partial[s * stride + i];
+      expected.Set(i, sum);
+    }
+    kernels_.sum(partial.floats(), slices, stride, i0, i1, out.at(0));
+    Check(out == expected, storage_, "sum slices=%zu n=%zu", slices, n);
+  }
+
+  void SumTransposed(size_t slices, size_t k, size_t r) {
+    const size_t stride = k * r + 1, k0 = k / 4, k1 = k - k / 5;
+    Block partial = FloatIntegers(Extent(slices, stride, k * r));
+    Block out = Blank(k * r), expected = Blank(k * r);
+    for (size_t p = k0; p < k1; ++p) {
+      for (size_t j = 0; j < r; ++j) {
+        double sum = 0;
+        for (size_t s = 0; s < slices; ++s) sum += partial[s * stride + j * k + p];
+        expected.Set(p * r + j, sum);
+      }
+    }
+    kernels_.sum_transposed(partial.floats(), slices, stride, k, r, k0, k1, out.at(0));
+    Check(out == expected, storage_, "sum_transposed slices=%zu k=%zu r=%zu", slices, k, r);
+  }
+
+  // All 65536 patterns widened, and everything that lies between two of them narrowed.
+  void Conversions() {
+    const Format format(storage_);
+    Block halves = Blank(65536), wide = Floats(65536);
+    std::vector<float> floats;
+    for (int half = 0; half < 65536; ++half) {
+      const auto bits = static_cast<uint16_t>(half);
+      std::memcpy(halves.at(half), &bits, sizeof bits);
+      const double value = format.Widen(bits);
+      if (!std::isfinite(value)) continue;
+      const auto next_bits = static_cast<uint16_t>(half + 1);
+      double next = format.Widen(next_bits);
+      // What would follow the largest: at half way to it, overflow begins.
+      if (std::isinf(next)) next = 2 * value - format.Widen(static_cast<uint16_t>(half - 1));
+      const auto low = static_cast<float>(value), middle = static_cast<float>((value + next) / 2);
+      for (float at : {low, middle}) {
+        floats.push_back(std::nextafter(at, -kInfinity));
+        floats.push_back(at);
+        floats.push_back(std::nextafter(at, kInfinity));
+      }
+    }
+    for (uint32_t exponent = 0; exponent < 512; ++exponent) {  // and sign
+      for (uint32_t mantissa : {0u, 1u, 0x1000u, 0x123456u, 0x400000u, 0x7FFFFFu}) {
+        floats.push_back(FromBits(exponent << 23 | mantissa));
+      }
+    }
+    std::vector<double> widened(65536);
+    std::vector<uint16_t> narrowed(floats.size());
+    for (int half = 0; half < 65536; ++half) widened[half] = format.Widen(half);
+    for (size_t i = 0; i < floats.size(); ++i) {
+      if (!std::isnan(floats[i])) narrowed[i] = format.Narrow(floats[i]);
+    }
+    Block from = Floats(floats.size()), out = Blank(floats.size());
+    std::copy(floats.begin(), floats.end(), from.floats());
+
+    // XLA's threads flush subnormal floats to zero; a conversion may not depend on it.
+    for (bool flush : {false, true}) {
+      SetFlush(flush);
+      kernels_.widen(halves.at(0), 65536, wide.floats());
+      kernels_.sum(from.floats(), 1, 0, 0, floats.size(), out.at(0));
+      SetFlush(false);
+      int wrong = 0;
+      for (int half = 0; half < 65536; ++half) {
+        const float result = wide.floats()[half];
+        const bool ok = std::isnan(widened[half])
+                            ? std::isnan(result) && std::signbit(result) == (half >= 0x8000)
+                            : ToBits(result) == ToBits(static_cast<float>(widened[half]));
+        if (!ok && ++wrong <= 5) std::printf("widened 0x%04x to %a\n", half, result);
+      }
+      Check(wrong == 0, storage_, "widening, %d wrong, flush=%d", wrong, flush);
+      wrong = 0;
+      for (size_t i = 0; i < floats.size(); ++i) {
+        uint16_t result;
+        std::memcpy(&result, out.at(i), sizeof result);
+        const uint32_t bits = ToBits(floats[i]);
+        const bool ok = std::isnan(floats[i])
+                            ? (result & 0x7FFF) > format.Infinity() && result >> 15 == bits >> 31
+                            : result == narrowed[i];
+        if (!ok && ++wrong <= 5) std::printf("narrowed 0x%08x to 0x%04x\n", bits, result);
+      }
+      Check(wrong == 0, storage_, "narrowing, %d wrong, flush=%d", wrong, flush);
+    }
+  }
+
+  static void SetFlush(bool flush) {
+#if defined(__x86_64__)
+    constexpr unsigned kFlushToZero = 0x8000, kDenormalsAreZero = 0x0040;
+    constexpr unsigned kBoth = kFlushToZero | kDenormalsAreZero;
+    _mm_setcsr(flush ? _mm_getcsr() | kBoth : _mm_getcsr() & ~kBoth);
+#else
+    (void)flush;
+#endif
+  }
+
+  Storage storage_;
+  const Kernels& kernels_;
+  std::unique_ptr<Scratch> scratch_;
+};
+
+void RunAll() {
+  const int64_t supported = hwy::SupportedTargets();
+  for (int bit = 0; bit < 63; ++bit) {
+    const int64_t target = int64_t{1} << bit;
+    if ((supported & target) == 0) continue;
+    hwy::SetSupportedTargetsForTest(target);
+    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+    // The machine has it, but it was not compiled in: another one answers.
+    if (std::strcmp(InstructionSet(), hwy::TargetName(target)) != 0) continue;
+    const int before = passed + failed;
+    for (Storage storage : kStorages) Suite(storage).Run();
+    std::printf("%s: %d cases\n", InstructionSet(), passed + failed - before);
+    std::fflush(stdout);
+  }
+  hwy::SetSupportedTargetsForTest(0);
+  hwy::GetChosenTarget().DeInit();
+}
+
+}  // namespace
+}  // namespace jax_fused_lora
+
+int main() {
+  using namespace jax_fused_lora;
+  RunAll();
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed == 0 && passed > 0 ? 0 : 1;
+}
