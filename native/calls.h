@@ -24,46 +24,39 @@ namespace ffi = xla::ffi;
 // caller may alias the two buffers.
 enum class Form { kDelta, kKernel, kBase };
 
-// y = [x·W + bias | base] + scaling · h·B,  h = x·A
-struct ForwardCall {
+// What both calls have in common.
+struct Call {
   int64_t m = 0, k = 0, n = 0, r = 0;
-  ffi::DataType dtype;    // of x, A, W, bias and y
+  ffi::DataType dtype;    // of x, A, W, bias, g, y and dx
   ffi::DataType b_dtype;  // of B: dtype, or float32 where a traced scaling was folded into it
   Form form = Form::kDelta;
   float scaling = 1;
-  int64_t slices = 1;            // x·W is summed over this many slices of k, then over the slices
   const void* x = nullptr;       // (m, k)
   const void* a = nullptr;       // (k, r)
   const void* b = nullptr;       // (r, n)
   const void* kernel = nullptr;  // (k, n), form kKernel
-  const void* bias = nullptr;    // (n), not with form kDelta, may be absent
-  const float* base = nullptr;   // (m, n), form kBase
-  void* y = nullptr;             // (m, n)
-  float* h = nullptr;            // (m, r)
   float* workspace = nullptr;
   int64_t workspace_size = 0;  // floats
 };
 
+// y = [x·W | base] + bias + scaling · h·B,  h = x·A
+struct ForwardCall : Call {
+  int64_t slices = 1;           // x·W is summed over this many slices of k, then over the slices
+  const void* bias = nullptr;   // (n), not with form kDelta, may be absent
+  const float* base = nullptr;  // (m, n), form kBase
+  void* y = nullptr;            // (m, n)
+  float* h = nullptr;           // (m, r)
+};
+
 // t = scaling · g·Bᵀ,  dx = [g·Wᵀ | base] + t·Aᵀ,  dA = xᵀ·t,  dB = scaling · hᵀ·g
-struct BackwardCall {
-  int64_t m = 0, k = 0, n = 0, r = 0;
-  ffi::DataType dtype;
-  ffi::DataType b_dtype;
-  Form form = Form::kDelta;
-  float scaling = 1;
-  int64_t slices = 1;        // dA and dB are summed over this many row slices, then over the slices
-  const void* g = nullptr;   // (m, n)
-  const void* x = nullptr;   // (m, k)
-  const void* a = nullptr;   // (k, r)
-  const void* b = nullptr;   // (r, n)
-  const float* h = nullptr;  // (m, r)
-  const void* kernel = nullptr;  // (k, n), form kKernel
-  const float* base = nullptr;   // (m, k), form kBase
-  void* dx = nullptr;            // (m, k); null when nobody asked
-  void* da = nullptr;            // (k, r), dtype of A
-  void* db = nullptr;            // (r, n), dtype of B
-  float* workspace = nullptr;
-  int64_t workspace_size = 0;  // floats
+struct BackwardCall : Call {
+  int64_t slices = 1;           // dA and dB are summed over this many row slices, then over these
+  const void* g = nullptr;      // (m, n)
+  const float* h = nullptr;     // (m, r)
+  const float* base = nullptr;  // (m, k), form kBase
+  void* dx = nullptr;           // (m, k); null when nobody asked
+  void* da = nullptr;           // (k, r), dtype of A
+  void* db = nullptr;           // (r, n), dtype of B
 };
 
 namespace internal {
@@ -117,6 +110,24 @@ class Checker {
     return buffer.untyped_data();
   }
 
+  // What both calls begin with. The sizes follow from x, the rank from A and the width from B.
+  void Operands(const ffi::AnyBuffer& x, const ffi::AnyBuffer& a, const ffi::AnyBuffer& b,
+                float scaling, std::string_view form, Call* call) {
+    Call& c = *call;
+    c.dtype = x.element_type();
+    // B in float32 under a 16-bit x is a traced scaling folded in without losing its low bits.
+    c.b_dtype = b.element_type() == ffi::DataType::F32 ? ffi::DataType::F32 : c.dtype;
+    c.scaling = scaling;
+    c.form = ReadForm(form);
+    Storage(c.dtype, "x");
+    std::tie(c.m, c.k) = Matrix(x, "x");
+    c.r = Matrix(a, "lora_a").second;
+    c.n = Matrix(b, "lora_b").second;
+    c.x = x.untyped_data();
+    c.a = Data(a, "lora_a", c.dtype, {c.k, c.r});
+    c.b = Data(b, "lora_b", c.b_dtype, {c.r, c.n});
+  }
+
   // The sizes of a two-dimensional operand, from which the needs of the others follow.
   std::pair<int64_t, int64_t> Matrix(const ffi::AnyBuffer& buffer, std::string_view name) {
     const auto dims = buffer.dimensions();
@@ -132,12 +143,6 @@ class Checker {
         dtype != ffi::DataType::F16) {
       Fail(std::string(name) + " is " + Name(dtype) + ", needed float32, bfloat16 or float16");
     }
-  }
-
-  // B in float32 under a 16-bit x is a traced scaling folded in without losing its low bits.
-  ffi::DataType AdapterB(const ffi::AnyBuffer& b, ffi::DataType dtype) {
-    const ffi::DataType b_dtype = b.element_type();
-    return b_dtype == ffi::DataType::F32 ? b_dtype : dtype;
   }
 
   // The operand or result at `index`; `fallback`, which reports the failure, where there is none.
@@ -201,19 +206,8 @@ inline ffi::Error ReadForward(ffi::AnyBuffer x, ffi::AnyBuffer a, ffi::AnyBuffer
                               ForwardCall* call) {
   internal::Checker check("lora_forward");
   ForwardCall& c = *call;
-  c.dtype = x.element_type();
-  c.b_dtype = check.AdapterB(b, c.dtype);
-  c.scaling = scaling;
-  c.form = check.ReadForm(form);
-  check.Storage(c.dtype, "x");
-  std::tie(c.m, c.k) = check.Matrix(x, "x");
-  c.r = check.Matrix(a, "lora_a").second;
-  c.n = check.Matrix(b, "lora_b").second;
+  check.Operands(x, a, b, scaling, form, &c);
   c.slices = check.Slices(slices, c.k);
-
-  c.x = x.untyped_data();
-  c.a = check.Data(a, "lora_a", c.dtype, {c.k, c.r});
-  c.b = check.Data(b, "lora_b", c.b_dtype, {c.r, c.n});
   c.y = check.Data(*y, "y", c.dtype, {c.m, c.n});
   c.h = static_cast<float*>(check.Data(*h, "h", ffi::DataType::F32, {c.m, c.r}));
   check.Workspace(*workspace, &c.workspace, &c.workspace_size);
@@ -240,20 +234,9 @@ inline ffi::Error ReadBackward(ffi::AnyBuffer g, ffi::AnyBuffer x, ffi::AnyBuffe
                                std::string_view grads, int64_t slices, BackwardCall* call) {
   internal::Checker check("lora_backward");
   BackwardCall& c = *call;
-  c.dtype = x.element_type();
-  c.b_dtype = check.AdapterB(b, c.dtype);
-  c.scaling = scaling;
-  c.form = check.ReadForm(form);
-  check.Storage(c.dtype, "x");
-  std::tie(c.m, c.k) = check.Matrix(x, "x");
-  c.r = check.Matrix(a, "lora_a").second;
-  c.n = check.Matrix(b, "lora_b").second;
+  check.Operands(x, a, b, scaling, form, &c);
   c.slices = check.Slices(slices, c.m);
-
-  c.x = x.untyped_data();
   c.g = check.Data(g, "g", c.dtype, {c.m, c.n});
-  c.a = check.Data(a, "lora_a", c.dtype, {c.k, c.r});
-  c.b = check.Data(b, "lora_b", c.b_dtype, {c.r, c.n});
   c.h = static_cast<const float*>(check.Data(h, "h", ffi::DataType::F32, {c.m, c.r}));
   check.Count(rest.size(), c.form == Form::kDelta ? 0 : 1, c.form == Form::kDelta ? 0 : 1,
               "operands after g, x, lora_a, lora_b, h");

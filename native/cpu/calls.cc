@@ -16,8 +16,7 @@
 namespace jax_fused_lora {
 namespace {
 
-constexpr int64_t kRowBlock =
-    36;  // rows of a sweep, in whole tiles: x, g and dx of a block share a second cache
+constexpr int64_t kRowBlock = 36;  // rows of a sweep, whole tiles that share a second cache
 constexpr int64_t kFew = Scratch::kFew;
 constexpr int64_t kFewToShrink = 16;  // rows up to which transposing A costs more than it saves
 constexpr int64_t kProductRows = Scratch::kRows;
@@ -48,7 +47,7 @@ const Kernels& KernelsFor(ffi::DataType dtype) {
 
 size_t Width(ffi::DataType dtype) { return dtype == ffi::DataType::F32 ? 4 : 2; }
 
-// `row`s of `columns` elements further on.
+// `elements` further on.
 template <class T>
 T* At(T* data, int64_t elements, ffi::DataType dtype) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
@@ -66,10 +65,10 @@ class Workspace {
  public:
   Workspace(float* data, int64_t size) : data_(data), size_(size) {}
 
+  // Null where the workspace is too small, which Check then reports.
   float* Take(int64_t floats) {
-    float* part = data_ + used_;
     used_ += floats;
-    return part;
+    return used_ <= size_ ? data_ + (used_ - floats) : nullptr;
   }
 
   ffi::Error Check(const char* call) const {
