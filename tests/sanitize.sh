@@ -71,6 +71,8 @@ print("library:", library, flush=True)
 assert library.is_relative_to(sys.argv[1]), "not the sanitized library"
 assert implementations()["cpu"].available, implementations()["cpu"].reason
 tests = "(test_shapes or test_results_overwrite) and not xla"
-sys.exit(pytest.main(["tests/test_ops.py", "-p", "no:cacheprovider", "-k", tests]))
+# Captured by file descriptor, a sanitizer's report would be lost with the process.
+options = ["--capture=sys", "-p", "no:cacheprovider", "-k", tests]
+sys.exit(pytest.main(["tests/test_ops.py", *options]))
 PYTHON
 echo 'sanitize: no error found'

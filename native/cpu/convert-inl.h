@@ -62,7 +62,7 @@ HWY_INLINE void StoreFloat(VF v, hwy::bfloat16_t* to) {
   const VU odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1));
   const VU rounded = hn::ShiftRight<16>(hn::Add(bits, hn::Add(odd, hn::Set(du, 0x7FFF))));
   const VU quiet = hn::Or(hn::ShiftRight<16>(bits), hn::Set(du, 0x40));
-  // Not Ne(v, v), which Highway 1.0 finds false for NaN on AVX2 and newer.
+  // Not Ne(v, v): Highway compares ordered on AVX2 and newer, which is false for NaN.
   StoreBits(hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(v)), quiet, rounded), to);
 }
 
