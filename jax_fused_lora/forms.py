@@ -11,7 +11,7 @@ A call without W, "delta", is always native.
 The limits below were measured on a two-core x86-64 server with AVX-512 and AMX, jax 0.10.2 and
 0.12.0, layers 256 to 2048 wide. They follow from how XLA multiplies there: float32 reaches its
 speed at some hundred rows; float16 is widened, all of W, in every call; bfloat16 runs on AMX from
-few rows on, at up to eight times our speed, and there the low-rank products are best left in the
+few rows on, at up to four times our speed, and there the low-rank products are best left in the
 same program until they are many enough for the saved sweeps to count.
 """
 

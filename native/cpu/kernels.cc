@@ -40,8 +40,8 @@ Rows<const float> Widened(const T* x, size_t row, size_t m, size_t depth, float*
 
 // One row of h += x · a, `depth` elements of x. Lanes lie along the rank.
 //
-// A rank that divides a vector: a vector is whole rows of A, each lane times its row's x. 1×1024,
-// rank 8: 0.24 µs against 0.43 for what follows.
+// A rank that divides a vector: a vector is whole rows of A, each lane times its row's x. A layer
+// of 1×1024, rank 8, inside a program: 1.34 → 1.2 µs.
 //
 // Any rank: a vector that starts at a row of A and runs over its end reads the next rows' elements
 // into lanes that are never stored: one load and one multiply a row, and only the last rows,

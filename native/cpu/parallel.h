@@ -7,7 +7,8 @@
 // are claimed, so those are always in the hands of threads that run: no deadlock.
 //
 // Each thread begins with a range of its own, the same in every call: what it wrote in one layer
-// it finds in its own cache in the next (one shared queue: 512×2048, rank 16, 384 µs; ranges: 340).
+// it finds in its own cache in the next (forward and backward of 512×1024, rank 16: 630 µs with one
+// shared queue, 572 with ranges).
 #ifndef JAX_FUSED_LORA_NATIVE_CPU_PARALLEL_H_
 #define JAX_FUSED_LORA_NATIVE_CPU_PARALLEL_H_
 
