@@ -206,3 +206,19 @@ print("same")
     assert python(COMPARE + code, interpreter=interpreter, PYTHONPATH=str(package.parent)) == (
         "same\n"
     )
+
+
+def test_a_platform_without_native_code_gets_the_definition_or_an_error():
+    def lower(implementation):
+        def layer(x, w, a, b):
+            return jax_fused_lora.lora_linear(x, w, a, b, implementation=implementation)
+
+        shapes = [(3, 8), (8, 6), (8, 2), (2, 6)]
+        arguments = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+        return jax.jit(layer).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+    text = lower(None)
+    assert "dot_general" in text
+    assert "jax_fused_lora.cpu" not in text
+    with pytest.raises(ValueError, match="'cpu' serves platform 'cpu'"):
+        lower("cpu")
