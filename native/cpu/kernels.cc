@@ -148,8 +148,9 @@ void Shrink(const void* x_, size_t m, size_t k, const float* at, size_t r, float
     const size_t rows = std::min(kNtRows, m - i);
     for (size_t p = 0; p < k; p += kDepth) {
       const size_t depth = std::min(kDepth, k - p);
-      constexpr bool kInPlace = std::is_same<T, float>::value;
-      const auto xf = Widened(x + i * k + p, k, rows, depth, scratch->rows, kNtRows);
+      constexpr bool kInPlace = kAnnounce && std::is_same<T, float>::value;
+      const auto xf =
+          Widened(x + i * k + p, k, rows, depth, scratch->rows, kAnnounce ? kNtRows : 0);
       Nt<kInPlace, float>(rows, r, depth, xf, {at + p, k}, scale, p > 0, {h + i * r, r});
     }
   }
@@ -158,18 +159,16 @@ void Shrink(const void* x_, size_t m, size_t k, const float* at, size_t r, float
 template <class T>
 void Expand(const float* h, size_t m, size_t r, const float* b, size_t b_row, size_t n, float scale,
             const float* init, size_t init_row, const float* bias, void* y, size_t y_row) {
-  Nn<0, float, T>(m, n, r, {h, r, 1}, {b, b_row}, scale, {init, init_row},
-                  {static_cast<T*>(y), y_row}, bias);
+  Nn<float, T>(m, n, r, {h, r, 1}, {b, b_row}, scale, {init, init_row}, {static_cast<T*>(y), y_row},
+               bias);
 }
 
 template <class T>
 void Outer(const float* h, size_t m, size_t r, const void* g, size_t n, float scale, float* out) {
-  Nn<0, T, float>(r, n, m, {h, 1, r}, {static_cast<const T*>(g), n}, scale, {out, n}, {out, n});
+  Nn<T, float>(r, n, m, {h, 1, r}, {static_cast<const T*>(g), n}, scale, {out, n}, {out, n});
 }
 
-// Few rows: W streams past once, sixteen of its rows at a time over the whole width, so that
-// memory sees long contiguous reads, announced a step ahead (bfloat16, 2048 wide: 480 → 310 µs);
-// the sums of m ≤ kFew rows stay in the first cache.
+// Few rows: W streams past once, as it lies.
 // More rows: panels of W are packed contiguous (and widened) into the first cache, where every
 // tile of rows reads them; meanwhile the next panel of the same rows is asked for.
 template <class T>
@@ -181,15 +180,17 @@ void Product(const void* x_, size_t m, size_t k, size_t k0, size_t k1, const voi
     for (size_t i = 0; i < m; ++i) std::fill_n(out + i * out_row, columns, 0.0f);
   }
   if (m <= Scratch::kFew) {
-    constexpr size_t kStep = 16;
     for (size_t p = k0; p < k1; p += kDepth) {
       const size_t depth = std::min(kDepth, k1 - p);
       const Rows<const float> xf = Widened(x + p, k, m, depth, scratch->rows);
-      for (size_t q = 0; q < depth; q += kStep) {
-        const Rows<const float> init = {p + q == k0 ? nullptr : out, out_row};
-        Nn<kStep, T, float>(m, columns, std::min(kStep, depth - q), {xf.data + q, xf.row, 1},
-                            {w + (p + q) * n, n}, 1.0f, init, {out, out_row});
-      }
+      const auto stream = [&](auto rows) HWY_ATTR {
+        Stream<decltype(rows)::value, T>(depth, xf, {w + p * n, n}, columns, p > k0,
+                                         {out, out_row});
+      };
+      if (m == 1) stream(std::integral_constant<size_t, 1>());
+      if (m == 2) stream(std::integral_constant<size_t, 2>());
+      if (m == 3) stream(std::integral_constant<size_t, 3>());
+      if (m == 4) stream(std::integral_constant<size_t, 4>());
     }
     return;
   }
@@ -204,8 +205,8 @@ void Product(const void* x_, size_t m, size_t k, size_t k0, size_t k1, const voi
         ToFloat(w + (p + q) * n + j, width, scratch->panel + q * width, kPanel * sizeof(T));
       }
       const Rows<const float> init = {p == k0 ? nullptr : out + j, out_row};
-      Nn<0, float, float>(m, width, depth, {scratch->rows, kRow, 1}, {scratch->panel, width}, 1.0f,
-                          init, {out + j, out_row});
+      Nn<float, float>(m, width, depth, {scratch->rows, kRow, 1}, {scratch->panel, width}, 1.0f,
+                       init, {out + j, out_row});
     }
   }
 }
