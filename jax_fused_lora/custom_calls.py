@@ -106,7 +106,7 @@ def _native_forward(
     if form == "xla" and implementation is None:
         return reference.forward(x, lora_a, lora_b, *rest, scaling=scaling)
     if form == "base" and rest:
-        rest = (reference.contract(x, rest[0], 1, 0), *rest[1:])
+        rest = (_base(x, rest[0], 0), *rest[1:])
     elif form == "xla":  # native code was asked for by name
         form = "kernel" if rest else "delta"
     in_place = form == "base" and x.dtype == jnp.float32
@@ -116,7 +116,7 @@ def _native_forward(
         (
             jax.ShapeDtypeStruct((m, n), x.dtype),
             jax.ShapeDtypeStruct((m, r), jnp.float32),
-            _workspace(r * (k + n) + n + slices * m * n),
+            _workspace(r * (k + _padded(n)) + n + slices * m * n),
         ),
         input_output_aliases={3: 0} if in_place else None,
     )(x, lora_a, lora_b, *rest,
@@ -141,7 +141,7 @@ def _native_backward(
     if form == "xla" and implementation is None:
         return reference.backward(g, x, lora_a, lora_b, h, *rest, scaling=scaling, grads=grads)
     if form == "base" and rest:
-        rest = (reference.contract(g, rest[0], 1, 1),)
+        rest = (_base(g, rest[0], 1),)
     elif form == "xla":
         form = "kernel" if rest else "delta"
     shapes = {"x": x, "a": lora_a, "b": lora_b}
@@ -150,7 +150,7 @@ def _native_backward(
         load(library).targets["lora_backward"],
         (
             *(jax.ShapeDtypeStruct(shapes[w].shape, shapes[w].dtype) for w in grads),
-            _workspace(m * r + r * (k + n) * (1 + slices)),
+            _workspace(r * (m + _padded(k) + n + slices * (k + n))),
         ),
         input_output_aliases={5: 0} if form == "base" and x.dtype == jnp.float32 else None,
     )(g, x, lora_a, lora_b, h, *rest,
@@ -158,9 +158,21 @@ def _native_backward(
     return results[:-1]
 
 
+def _base(rows: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
+    """x·W (axis 0) or g·Wᵀ (axis 1) in float32, by XLA."""
+    if forms.widens_base(rows.dtype):
+        rows, kernel = rows.astype(jnp.float32), kernel.astype(jnp.float32)
+    return reference.contract(rows, kernel, 1, axis)
+
+
 def _workspace(floats: int) -> jax.ShapeDtypeStruct:
     """Scratch memory as a result of the call: XLA plans it, nothing is allocated at run time."""
     return jax.ShapeDtypeStruct((floats,), jnp.float32)
+
+
+def _padded(columns: int) -> int:
+    """Columns of a factor packed in whole panels, 64 wide at most."""
+    return -(-columns // 64) * 64
 
 
 def _product_slices(m: int, k: int, n: int, itemsize: int) -> int:

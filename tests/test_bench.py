@@ -66,20 +66,30 @@ def test_a_result_that_is_not_finite_is_not_timed(short_chain, monkeypatch):
         bench.measure(Case("lora_forward", 3, 16, 16, 4), seconds=0.0)
 
 
-def test_sides_take_turns_in_every_order():
+def test_sides_take_turns_in_every_order(monkeypatch):
+    monkeypatch.setattr(bench, "SETTLE_SECONDS", 60.0)
     calls = []
     sides = {name: lambda name=name: calls.append(name) for name in ("ours", "xla", "base")}
-    times = bench._interleave(sides, 0.0)
+    times = bench.interleave(sides, 0.0)
     assert {len(series) for series in times.values()} == {bench.MIN_ROUNDS}
-    assert calls[::2] == calls[1::2]  # a turn is a call that is not timed and one that is
-    rounds = [tuple(calls[i : i + 6 : 2]) for i in range(0, len(calls), 6)]
-    assert all(set(turn) == set(sides) for turn in rounds)
+    turn = bench.SETTLE_CALLS + 1  # some calls that are not timed and one that is
+    assert all(len(set(calls[i : i + turn])) == 1 for i in range(0, len(calls), turn))
+    turns = calls[::turn]
+    rounds = [tuple(turns[i : i + 3]) for i in range(0, len(turns), 3)]
+    assert all(set(order) == set(sides) for order in rounds)
     assert len(set(rounds)) == 6
+
+
+def test_a_slow_side_settles_in_one_call(monkeypatch):
+    monkeypatch.setattr(bench, "SETTLE_SECONDS", 0.0)
+    calls = []
+    bench.interleave({"ours": lambda: calls.append("ours")}, 0.0)
+    assert len(calls) == 2 * bench.MIN_ROUNDS
 
 
 def test_all_gradients_leave_the_program(short_chain):
     """What is not returned is not computed, and not measured."""
-    sides = bench._sides(Case("lora_linear", 3, 16, 24, 4, direction="forward+backward"), None)
+    sides = bench.sides_of(Case("lora_linear", 3, 16, 24, 4, direction="forward+backward"), None)
     gradients = [(16, 4), (4, 24), (24, 4), (4, 16)]
     y = dx = (3, 16)
     for name in ("ours", "xla"):

@@ -20,7 +20,7 @@ constexpr int64_t kRowBlock = 36;  // rows of a sweep, whole tiles that share a 
 constexpr int64_t kFew = Scratch::kFew;
 constexpr int64_t kFewToShrink = 16;  // rows up to which transposing A costs more than it saves
 constexpr int64_t kProductRows = Scratch::kRows;
-constexpr int64_t kTransposeBlock = 256;  // rows of A
+constexpr int64_t kPackBlock = 256;  // rows of A, columns of B, brought to float32 at a time
 
 // Columns of W in a block of x·W: as long a read as can be for few rows, whose sums of 16 KiB a
 // row are near enough; for many rows their sums (64 × 256) shall stay in the second cache.
@@ -33,6 +33,9 @@ constexpr int64_t kManyColumns = 256;
 constexpr int64_t kWorthAThread = 400'000;
 
 int64_t Blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
+// Columns of a packed factor, whole panels.
+int64_t Padded(int64_t columns) { return Blocks(columns, 64) * 64; }
 
 const Kernels& KernelsFor(ffi::DataType dtype) {
   switch (dtype) {
@@ -83,6 +86,28 @@ class Workspace {
   int64_t size_, used_ = 0;
 };
 
+// A and B in float32, as the passes read them, made of blocks that any thread may take. Null data
+// stands for a factor that is read where it lies, or not at all.
+struct Factors {
+  Panels<float> at = {}, b = {};  // (r, k), (r, n)
+
+  int64_t a_blocks(const Call& c) const { return at.data ? Blocks(c.k, kPackBlock) : 0; }
+  int64_t blocks(const Call& c) const {
+    return a_blocks(c) + (b.data ? Blocks(c.n, kPackBlock) : 0);
+  }
+  void Make(const Call& c, int64_t block) const {
+    const bool a_block = block < a_blocks(c);
+    const int64_t size = a_block ? c.k : c.n;
+    const int64_t begin = (a_block ? block : block - a_blocks(c)) * kPackBlock;
+    const int64_t end = std::min(begin + kPackBlock, size);
+    if (a_block) {
+      KernelsFor(c.dtype).transpose(c.a, c.r, begin, end, at);
+    } else {
+      KernelsFor(c.b_dtype).pack(c.b, c.r, c.n, begin, end, b);
+    }
+  }
+};
+
 ffi::Error LoraForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer a, ffi::AnyBuffer b,
                        ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y,
                        ffi::Result<ffi::AnyBuffer> h, ffi::Result<ffi::AnyBuffer> workspace,
@@ -95,13 +120,21 @@ ffi::Error LoraForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer a,
   const bool few = c.m <= kFew, few_to_shrink = c.m <= kFewToShrink;
   const bool product = c.form == Form::kKernel;
   Workspace space(c.workspace, c.workspace_size);
-  float* at = few_to_shrink ? nullptr : space.Take(c.k * c.r);
-  float* wide_b = c.b_dtype == ffi::DataType::F32 ? nullptr : space.Take(c.r * c.n);
+  const bool b_in_place = few && c.b_dtype == ffi::DataType::F32;
+  const int64_t width = kernels.panel;
+  const bool whole_panels = c.r % width == 0;  // then A is read as it lies
+  Factors factors;
+  if (!few_to_shrink && !whole_panels) {
+    factors.at = Panels<float>::RowMajor(space.Take(c.k * c.r), c.k, width);
+  }
+  if (!b_in_place) factors.b = Panels<float>::Packed(space.Take(c.r * Padded(c.n)), c.r, width);
   float* wide_bias = !c.bias || c.dtype == ffi::DataType::F32 ? nullptr : space.Take(c.n);
   float* partial = product ? space.Take(c.slices * c.m * c.n) : nullptr;
   error = space.Check("lora_forward");
   if (error.failure()) return error;
-  const float* bf = wide_b ? wide_b : static_cast<const float*>(c.b);
+  const Panels<const float> b_panels =
+      b_in_place ? Panels<const float>::RowMajor(static_cast<const float*>(c.b), c.n, width)
+                 : factors.b.Read();
   const float* bias = wide_bias ? wide_bias : static_cast<const float*>(c.bias);
 
   const int64_t work = (c.k + c.n) * c.r * std::max<int64_t>(c.m, 1) +
@@ -110,25 +143,18 @@ ffi::Error LoraForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer a,
 
   // What needs nothing but operands: A, B and bias in float32, and x·W in blocks of a slice of k, a
   // range of columns and a range of rows.
-  const int64_t a_blocks = at ? Blocks(c.k, kTransposeBlock) : 0;
-  const int64_t b_blocks = wide_b || wide_bias ? 1 : 0;
+  const int64_t factor_blocks = factors.blocks(c), bias_blocks = wide_bias ? 1 : 0;
   const int64_t row_ranges = Blocks(c.m, kProductRows);
   const int64_t columns = few ? kFewColumns : kManyColumns;
   const int64_t column_ranges = Blocks(c.n, columns);
   const int64_t depth = Blocks(c.k, c.slices);
   const auto prepare = [&](int64_t index) {
-    if (index < a_blocks) {
-      const int64_t k0 = index * kTransposeBlock;
-      kernels.transpose(c.a, c.k, c.r, k0, std::min(k0 + kTransposeBlock, c.k), at);
-      return;
+    if (index < factor_blocks) return factors.Make(c, index);
+    index -= factor_blocks;
+    if (index < bias_blocks) {
+      return kernels.pack(c.bias, 1, c.n, 0, c.n, Panels<float>::RowMajor(wide_bias, c.n, width));
     }
-    index -= a_blocks;
-    if (index < b_blocks) {
-      if (wide_b) kernels.widen(c.b, c.r * c.n, wide_b);
-      if (wide_bias) kernels.widen(c.bias, c.n, wide_bias);
-      return;
-    }
-    index -= b_blocks;
+    index -= bias_blocks;
     const int64_t m0 = index % row_ranges * kProductRows;
     const int64_t j0 = index / row_ranges % column_ranges * columns;
     const int64_t slice = index / row_ranges / column_ranges;
@@ -146,11 +172,13 @@ ffi::Error LoraForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer a,
     float* to = c.h + m0 * c.r;
     if (few_to_shrink) {
       kernels.shrink_few(from, rows, c.k, c.a, c.r, to, ThreadScratch());
+    } else if (whole_panels) {
+      kernels.shrink_panels(from, rows, c.k, c.a, c.r, to, ThreadScratch());
     } else {
-      kernels.shrink(from, rows, c.k, at, c.r, 1.0f, to, ThreadScratch());
+      kernels.shrink(from, rows, c.k, factors.at.data, c.r, 1.0f, to, ThreadScratch());
     }
     if (product) return;
-    kernels.expand(to, rows, c.r, bf, c.n, c.n, c.scaling, c.base ? c.base + m0 * c.n : nullptr,
+    kernels.expand(to, rows, c.r, b_panels, c.n, c.scaling, c.base ? c.base + m0 * c.n : nullptr,
                    c.n, bias, At(c.y, m0 * c.n, c.dtype), c.n);
   };
 
@@ -162,20 +190,20 @@ ffi::Error LoraForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer a,
     const int64_t m0 = index % finish_ranges * finish_rows;
     const int64_t j0 = index / finish_ranges * finish_columns;
     const int64_t rows = std::min(finish_rows, c.m - m0);
-    const int64_t width = std::min(finish_columns, c.n - j0);
+    const int64_t block = std::min(finish_columns, c.n - j0);
     float* sums = ThreadScratch()->sums;
-    kernels.gather(partial + m0 * c.n + j0, c.slices, c.m * c.n, rows, c.n, width, sums);
-    kernels.expand(c.h + m0 * c.r, rows, c.r, bf + j0, c.n, width, c.scaling, sums, width,
+    kernels.gather(partial + m0 * c.n + j0, c.slices, c.m * c.n, rows, c.n, block, sums);
+    kernels.expand(c.h + m0 * c.r, rows, c.r, b_panels.From(j0), block, c.scaling, sums, block,
                    bias ? bias + j0 : nullptr, At(c.y, m0 * c.n + j0, c.dtype), c.n);
   };
 
   RunPhases(pool, threads,
-            {a_blocks + b_blocks + (product ? c.slices * column_ranges * row_ranges : 0),
+            {factor_blocks + bias_blocks + (product ? c.slices * column_ranges * row_ranges : 0),
              Blocks(c.m, kRowBlock), product ? finish_ranges * Blocks(c.n, finish_columns) : 0},
             [&](const Phases& phases, int phase, int64_t index) {
               if (phase == 0) return prepare(index);
-              // The few rows' shrink reads A as it lies.
-              if (phase > 1 || at || !product) phases.WaitBefore(phase);
+              // A shrink alone, of an A that is read as it lies, waits for nothing.
+              if (phase > 1 || factors.at.data || !product) phases.WaitBefore(phase);
               return phase == 1 ? sweep(index) : finish(index);
             });
   return ffi::Error::Success();
@@ -193,22 +221,23 @@ ffi::Error LoraBackward(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer x
   const bool product = c.dx && c.form == Form::kKernel;
   const bool need_t = c.dx || c.da;
   Workspace space(c.workspace, c.workspace_size);
-  float* at = c.dx ? space.Take(c.r * c.k) : nullptr;
-  float* wide_b = need_t && c.b_dtype != ffi::DataType::F32 ? space.Take(c.r * c.n) : nullptr;
+  const int64_t width = kernels.panel;
+  const bool b_in_place = c.b_dtype == ffi::DataType::F32;
+  Factors factors;
+  if (c.dx) factors.at = Panels<float>::Packed(space.Take(c.r * Padded(c.k)), c.r, width);
+  if (need_t && !b_in_place) {
+    factors.b = Panels<float>::RowMajor(space.Take(c.r * c.n), c.n, width);
+  }
   float* t = need_t ? space.Take(c.m * c.r) : nullptr;
   float* da_slices = c.da ? space.Take(c.slices * c.r * c.k) : nullptr;
   float* db_slices = c.db ? space.Take(c.slices * c.r * c.n) : nullptr;
   error = space.Check("lora_backward");
   if (error.failure()) return error;
-  const float* bf = wide_b ? wide_b : static_cast<const float*>(c.b);
+  const float* bf = b_in_place ? static_cast<const float*>(c.b) : factors.b.data;
 
   const int64_t work = (c.k + c.n) * c.r * std::max<int64_t>(c.m, 1) * 2 +
                        (product ? c.k * c.n * std::max<int64_t>(c.m, 8) : 0);
   const int64_t threads = work < kWorthAThread ? 1 : std::max<int64_t>(pool.num_threads(), 1);
-
-  // Phase 0: Aᵀ and B in float32.
-  const int64_t a_blocks = at ? Blocks(c.k, kTransposeBlock) : 0;
-  const int64_t b_blocks = wide_b ? 1 : 0;
 
   // Phase 1: a slice of rows makes one sweep over its g and x. Each slice sums its own dA and dB,
   // so that the result does not depend on which thread ran when.
@@ -225,11 +254,12 @@ ffi::Error LoraBackward(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer x
       const void* xm = At(c.x, m0 * c.k, c.dtype);
       float* tm = t ? t + m0 * c.r : nullptr;
       if (need_t) kernels.shrink(gm, rows, c.n, bf, c.r, c.scaling, tm, ThreadScratch());
-      if (db) kernels.outer(c.h + m0 * c.r, rows, c.r, gm, c.n, c.scaling, db);
-      if (da) kernels.outer(tm, rows, c.r, xm, c.k, 1.0f, da);
+      if (db) kernels.outer(c.h + m0 * c.r, rows, c.r, gm, c.n, c.scaling, db, ThreadScratch());
+      if (da) kernels.outer(tm, rows, c.r, xm, c.k, 1.0f, da, ThreadScratch());
       if (c.dx && !product) {
-        kernels.expand(tm, rows, c.r, at, c.k, c.k, 1.0f, c.base ? c.base + m0 * c.k : nullptr, c.k,
-                       nullptr, At(c.dx, m0 * c.k, c.dtype), c.k);
+        kernels.expand(tm, rows, c.r, factors.at.Read(), c.k, 1.0f,
+                       c.base ? c.base + m0 * c.k : nullptr, c.k, nullptr,
+                       At(c.dx, m0 * c.k, c.dtype), c.k);
       }
     }
   };
@@ -242,17 +272,9 @@ ffi::Error LoraBackward(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer x
   const int64_t product_blocks = Blocks(c.m, Scratch::kRows);
   const int64_t dx_blocks = product ? product_blocks * Blocks(c.k, columns) : 0;
 
-  RunPhases(pool, threads, {a_blocks + b_blocks, c.slices, dx_blocks + da_blocks + db_blocks},
+  RunPhases(pool, threads, {factors.blocks(c), c.slices, dx_blocks + da_blocks + db_blocks},
             [&](const Phases& phases, int phase, int64_t index) {
-              if (phase == 0) {
-                if (index < a_blocks) {
-                  const int64_t k0 = index * kTransposeBlock;
-                  kernels.transpose(c.a, c.k, c.r, k0, std::min(k0 + kTransposeBlock, c.k), at);
-                } else {
-                  KernelsFor(c.b_dtype).widen(c.b, c.r * c.n, wide_b);
-                }
-                return;
-              }
+              if (phase == 0) return factors.Make(c, index);
               if (phase == 1) {
                 phases.WaitBefore(1);
                 return sweep(index);
@@ -261,13 +283,14 @@ ffi::Error LoraBackward(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer x
                 const int64_t m0 = index % product_blocks * int64_t{Scratch::kRows};
                 const int64_t k0 = index / product_blocks * columns;
                 const int64_t rows = std::min<int64_t>(Scratch::kRows, c.m - m0);
-                const int64_t width = std::min(columns, c.k - k0);
+                const int64_t block = std::min(columns, c.k - k0);
                 Scratch* scratch = ThreadScratch();
                 kernels.product_transposed(At(c.g, m0 * c.n, c.dtype), rows, c.n, c.kernel, k0,
-                                           width, scratch->sums, scratch);
+                                           block, scratch->sums, scratch);
                 phases.WaitBefore(2);
-                kernels.expand(t + m0 * c.r, rows, c.r, at + k0, c.k, width, 1.0f, scratch->sums,
-                               width, nullptr, At(c.dx, m0 * c.k + k0, c.dtype), c.k);
+                kernels.expand(t + m0 * c.r, rows, c.r, factors.at.From(k0).Read(), block, 1.0f,
+                               scratch->sums, block, nullptr, At(c.dx, m0 * c.k + k0, c.dtype),
+                               c.k);
                 return;
               }
               phases.WaitBefore(2);

@@ -211,7 +211,7 @@ class Suite {
   void Run() {
     for (size_t m : kRows) {
       for (size_t r : kRanks) {
-        ShrinkFew(std::min<size_t>(m, 16), NextSize(), r);
+        ShrinkAsItLies(m, NextSize(), r);
         Shrink(m, NextSize(), r);
         Expand(m, r, NextSize());
         Outer(m, r, NextSize());
@@ -229,7 +229,7 @@ class Suite {
       }
     }
     for (int i = 0; i < 28; ++i) {
-      Widen(NextSize());
+      Pack(NextSize() % 20, NextSize());
       for (size_t slices : {1, 2, 5}) Sum(slices, NextSize());
     }
     if (storage_ != Storage::kFloat32) Conversions();
@@ -246,7 +246,7 @@ class Suite {
     return scratch_.get();
   }
 
-  void ShrinkFew(size_t m, size_t k, size_t r) {
+  void ShrinkAsItLies(size_t m, size_t k, size_t r) {
     Block x = Integers(m * k), a = Integers(k * r), h = Floats(m * r), expected = Floats(m * r);
     for (size_t i = 0; i < m; ++i) {
       for (size_t j = 0; j < r; ++j) {
@@ -257,6 +257,9 @@ class Suite {
     }
     kernels_.shrink_few(x.at(0), m, k, a.at(0), r, h.floats(), PoisonedScratch());
     Check(h == expected, storage_, "shrink_few m=%zu k=%zu r=%zu", m, k, r);
+    h = Floats(m * r);
+    kernels_.shrink_panels(x.at(0), m, k, a.at(0), r, h.floats(), PoisonedScratch());
+    Check(h == expected, storage_, "shrink_panels m=%zu k=%zu r=%zu", m, k, r);
   }
 
   void Shrink(size_t m, size_t k, size_t r) {
@@ -276,34 +279,62 @@ class Suite {
     Check(result == expected, storage_, "shrink m=%zu k=%zu r=%zu", m, k, r);
   }
 
-  void Transpose(size_t k, size_t r) {
-    Block a = Integers(k * r), at = Floats(r * k), expected = Floats(r * k);
-    const size_t k0 = k / 3, k1 = k - k / 5;
-    for (size_t p = k0; p < k1; ++p) {
-      for (size_t j = 0; j < r; ++j) expected.Set(j * k + p, a[p * r + j]);
-    }
-    kernels_.transpose(a.at(0), k, r, k0, k1, at.floats());
-    Check(at == expected, storage_, "transpose k=%zu r=%zu k0=%zu k1=%zu", k, r, k0, k1);
+  // Where a layout of (r, n) keeps element (p, j).
+  static size_t Place(const Panels<float>& panels, size_t p, size_t j) {
+    return j / panels.width * panels.panel + p * panels.row + j % panels.width;
   }
 
-  void Widen(size_t n) {
-    Block from = Integers(n), to = Floats(n), expected = Floats(n);
-    for (size_t i = 0; i < n; ++i) expected.Set(i, from[i]);
-    kernels_.widen(from.at(0), n, to.floats());
-    Check(to == expected, storage_, "widen n=%zu", n);
+  // Calls `check` with row-major panels of (r, n) and with packed ones, and the floats they need.
+  template <class Body>
+  void EachLayout(size_t r, size_t n, Body check) {
+    const size_t width = kernels_.panel, padded = (n + width - 1) / width * width;
+    check(Panels<float>::RowMajor(nullptr, n, width), r * n);
+    check(Panels<float>::Packed(nullptr, r, width), r * padded);
+  }
+
+  void Transpose(size_t k, size_t r) {
+    Block a = Integers(k * r);
+    const size_t k0 = k / 3 / 64 * 64, k1 = k - k / 5;
+    EachLayout(r, k, [&](Panels<float> layout, size_t size) {
+      Block at = Floats(size), expected = Floats(size);
+      for (size_t p = k0; p < k1; ++p) {
+        for (size_t j = 0; j < r; ++j) expected.Set(Place(layout, j, p), a[p * r + j]);
+      }
+      layout.data = at.floats();
+      kernels_.transpose(a.at(0), r, k0, k1, layout);
+      Check(at == expected, storage_, "transpose k=%zu r=%zu row=%zu", k, r, layout.row);
+    });
+  }
+
+  void Pack(size_t r, size_t n) {
+    Block b = Integers(r * n);
+    const size_t j0 = n / 3 / 64 * 64, j1 = n - n / 5;
+    EachLayout(r, n, [&](Panels<float> layout, size_t size) {
+      Block to = Floats(size), expected = Floats(size);
+      for (size_t p = 0; p < r; ++p) {
+        for (size_t j = j0; j < j1; ++j) expected.Set(Place(layout, p, j), b[p * n + j]);
+      }
+      layout.data = to.floats();
+      kernels_.pack(b.at(0), r, n, j0, j1, layout);
+      Check(to == expected, storage_, "pack r=%zu n=%zu row=%zu", r, n, layout.row);
+    });
   }
 
   void Expand(size_t m, size_t r, size_t n) {
+    EachLayout(r, n, [&](Panels<float> layout, size_t size) { Expand(m, r, n, layout, size); });
+  }
+
+  void Expand(size_t m, size_t r, size_t n, Panels<float> layout, size_t size) {
     const float scale = 0.75f;
-    // Rows further apart than they are long, as those of a range of columns are.
-    const size_t b_row = n + r % 3, y_row = n + m % 2;
-    Block h = FloatIntegers(m * r), b = FloatIntegers(Extent(r, b_row, n));
-    Block bias = FloatIntegers(n);
+    const size_t y_row = n + m % 2;  // rows further apart than they are long
+    Block h = FloatIntegers(m * r), b = Floats(size), bias = FloatIntegers(n);
+    const Block values = FloatIntegers(r * n);
+    layout.data = b.floats();
     std::vector<double> products(m * n);
-    for (size_t i = 0; i < m; ++i) {
-      for (size_t p = 0; p < r; ++p) {
-        const double hp = h[i * r + p];
-        for (size_t j = 0; j < n; ++j) products[i * n + j] += hp * b[p * b_row + j];
+    for (size_t p = 0; p < r; ++p) {
+      for (size_t j = 0; j < n; ++j) {
+        b.Set(Place(layout, p, j), values[p * n + j]);
+        for (size_t i = 0; i < m; ++i) products[i * n + j] += h[i * r + p] * values[p * n + j];
       }
     }
     enum { kNone, kApart, kInPlace, kInits };
@@ -324,11 +355,10 @@ class Suite {
         const float* from = which == kNone      ? nullptr
                             : which == kInPlace ? y.floats()
                                                 : init.floats();
-        kernels_.expand(h.floats(), m, r, b.floats(), b_row, n, scale, from, init_row,
+        kernels_.expand(h.floats(), m, r, layout.Read(), n, scale, from, init_row,
                         biased ? bias.floats() : nullptr, y.at(0), y_row);
-        Check(y == expected, storage_,
-              "expand m=%zu r=%zu n=%zu b_row=%zu y_row=%zu init=%d bias=%d", m, r, n, b_row, y_row,
-              which, biased);
+        Check(y == expected, storage_, "expand m=%zu r=%zu n=%zu row=%zu y_row=%zu init=%d bias=%d",
+              m, r, n, layout.row, y_row, which, biased);
       }
     }
   }
@@ -344,7 +374,7 @@ class Suite {
         expected.Set(p * n + j, expected[p * n + j] + scale * sum);
       }
     }
-    kernels_.outer(h.floats(), m, r, g.at(0), n, scale, out.floats());
+    kernels_.outer(h.floats(), m, r, g.at(0), n, scale, out.floats(), PoisonedScratch());
     Check(out == expected, storage_, "outer m=%zu r=%zu n=%zu", m, r, n);
   }
 
@@ -473,7 +503,8 @@ class Suite {
     // XLA's threads flush subnormal floats to zero; a conversion may not depend on it.
     for (bool flush : {false, true}) {
       SetFlush(flush);
-      kernels_.widen(halves.at(0), 65536, wide.floats());
+      kernels_.pack(halves.at(0), 1, 65536, 0, 65536,
+                    Panels<float>::RowMajor(wide.floats(), 65536, kernels_.panel));
       kernels_.sum(from.floats(), 1, 0, 0, floats.size(), out.at(0));
       SetFlush(false);
       int wrong = 0;

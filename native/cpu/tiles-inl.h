@@ -35,6 +35,16 @@ constexpr size_t kNnRows = 6, kNnVecs = 2, kNtRows = 3, kNtCols = 4;
 constexpr size_t kNnRows = 6, kNnVecs = 4, kNtRows = 6, kNtCols = 4;
 #endif
 
+constexpr size_t kPanel = kNnVecs * kLanes;
+static_assert(Scratch::kPanel % kPanel == 0, "a panel of W is whole panels of Nn");
+
+// Column j of the first row. Panels are kPanel wide, a constant: a division would cost as much as
+// a tile's loads.
+template <class Float>
+HWY_INLINE Float* InPanel(Panels<Float> panels, size_t j) {
+  return panels.data + j / kPanel * panels.panel + j % kPanel;
+}
+
 // How an operand is read that comes from memory. The servers with AVX-512 and the Arm cores gain
 // from long strides announced a step ahead (bfloat16, 1×2048→2048: 480 → 310 µs); Zen 3's own
 // prefetchers do better alone, over few rows at a time (float32, 1×2048→2048: 1.12 → 0.77 of XLA).
@@ -127,17 +137,17 @@ HWY_INLINE void NnPanel(size_t m, size_t k, Scalars a, Rows<const TB> b, float s
 // out (m, n) = init + bias + scale · a (m, k) · b (k, n). `init` (m, n) and `bias` (n) may be null,
 // and `init` may be `out` itself.
 template <class TB, class TO>
-HWY_INLINE void Nn(size_t m, size_t n, size_t k, Scalars a, Rows<const TB> b, float scale,
+HWY_INLINE void Nn(size_t m, size_t n, size_t k, Scalars a, Panels<const TB> b, float scale,
                    Rows<const float> init, Rows<TO> out, const float* bias = nullptr) {
   size_t j = 0;
   const auto panel = [&](auto vecs, auto tail) HWY_ATTR {
     const Rows<const float> from = {init.data == nullptr ? nullptr : init.data + j, init.row};
     NnPanel<decltype(vecs)::value, decltype(tail)::value, TB, TO>(
-        m, k, a, {b.data + j, b.row}, scale, from, bias == nullptr ? nullptr : bias + j,
+        m, k, a, {InPanel(b, j), b.row}, scale, from, bias == nullptr ? nullptr : bias + j,
         {out.data + j, out.row}, n - j);
     j += decltype(vecs)::value * kLanes;
   };
-  while (j + kNnVecs * kLanes <= n) {
+  while (j + kPanel <= n) {
     panel(std::integral_constant<size_t, kNnVecs>(), std::false_type());
   }
   while (j + kLanes <= n) panel(std::integral_constant<size_t, 1>(), std::false_type());
