@@ -127,14 +127,14 @@ ffi::Error LoraForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer a,
   if (!few_to_shrink && !whole_panels) {
     factors.at = Panels<float>::RowMajor(space.Take(c.k * c.r), c.k, width);
   }
-  if (!b_in_place) factors.b = Panels<float>::Packed(space.Take(c.r * Padded(c.n)), c.r, width);
+  if (!b_in_place) {
+    factors.b = few ? Panels<float>::RowMajor(space.Take(c.r * c.n), c.n, width)
+                    : Panels<float>::Packed(space.Take(c.r * Padded(c.n)), c.r, width);
+  }
   float* wide_bias = !c.bias || c.dtype == ffi::DataType::F32 ? nullptr : space.Take(c.n);
   float* partial = product ? space.Take(c.slices * c.m * c.n) : nullptr;
   error = space.Check("lora_forward");
   if (error.failure()) return error;
-  const Panels<const float> b_panels =
-      b_in_place ? Panels<const float>::RowMajor(static_cast<const float*>(c.b), c.n, width)
-                 : factors.b.Read();
   const float* bias = wide_bias ? wide_bias : static_cast<const float*>(c.bias);
 
   const int64_t work = (c.k + c.n) * c.r * std::max<int64_t>(c.m, 1) +
@@ -164,6 +164,22 @@ ffi::Error LoraForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer a,
                     ThreadScratch());
   };
 
+  // A block of y, of the columns from j0 on.
+  const auto expand = [&](int64_t m0, int64_t rows, int64_t j0, int64_t block, const float* init,
+                          int64_t init_row) {
+    const float* h_rows = c.h + m0 * c.r;
+    const float* bias_block = bias ? bias + j0 : nullptr;
+    void* to = At(c.y, m0 * c.n + j0, c.dtype);
+    if (few) {
+      const float* b_rows = b_in_place ? static_cast<const float*>(c.b) : factors.b.data;
+      kernels.expand_few(h_rows, rows, c.r, b_rows + j0, c.n, block, c.scaling, init, init_row,
+                         bias_block, to, c.n, ThreadScratch());
+    } else {
+      kernels.expand(h_rows, rows, c.r, factors.b.From(j0).Read(), block, c.scaling, init, init_row,
+                     bias_block, to, c.n);
+    }
+  };
+
   // h, and where W is not ours to multiply y too: one sweep.
   const auto sweep = [&](int64_t index) {
     const int64_t m0 = index * kRowBlock;
@@ -178,8 +194,7 @@ ffi::Error LoraForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer a,
       kernels.shrink(from, rows, c.k, factors.at.data, c.r, 1.0f, to, ThreadScratch());
     }
     if (product) return;
-    kernels.expand(to, rows, c.r, b_panels, c.n, c.scaling, c.base ? c.base + m0 * c.n : nullptr,
-                   c.n, bias, At(c.y, m0 * c.n, c.dtype), c.n);
+    expand(m0, rows, 0, c.n, c.base ? c.base + m0 * c.n : nullptr, c.n);
   };
 
   // The sum of the slices, bias and low-rank part of a block of y, rounded once.
@@ -193,8 +208,7 @@ ffi::Error LoraForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer a,
     const int64_t block = std::min(finish_columns, c.n - j0);
     float* sums = ThreadScratch()->sums;
     kernels.gather(partial + m0 * c.n + j0, c.slices, c.m * c.n, rows, c.n, block, sums);
-    kernels.expand(c.h + m0 * c.r, rows, c.r, b_panels.From(j0), block, c.scaling, sums, block,
-                   bias ? bias + j0 : nullptr, At(c.y, m0 * c.n + j0, c.dtype), c.n);
+    expand(m0, rows, j0, block, sums, block);
   };
 
   RunPhases(pool, threads,

@@ -225,6 +225,91 @@ void Outer(const float* h, size_t m, size_t r, const void* g_, size_t n, float s
   }
 }
 
+template <class T>
+void Sum(const float* partial, size_t slices, size_t stride, size_t i0, size_t i1, void* out_) {
+  T* out = static_cast<T*>(out_);
+  const auto sum = [&](size_t i, auto load) HWY_ATTR {
+    VF total = load(partial + i);
+    for (size_t s = 1; s < slices; ++s) total = hn::Add(total, load(partial + s * stride + i));
+    return total;
+  };
+  size_t i = i0;
+  for (; i + kLanes <= i1; i += kLanes) {
+    StoreFloat(sum(i, [](const float* from) HWY_ATTR { return LoadFloat(from); }), out + i);
+  }
+  if (i < i1) {
+    StoreFloatN(sum(i, [&](const float* from) HWY_ATTR { return LoadFloatN(from, i1 - i); }),
+                out + i, i1 - i);
+  }
+}
+
+// m ≤ kFew rows of x, k elements of each.
+template <class T>
+void StreamRows(size_t m, size_t k, Rows<const float> x, Rows<const T> w, size_t columns, bool add,
+                Rows<float> out) {
+  const auto stream = [&](auto rows) HWY_ATTR {
+    Stream<decltype(rows)::value, T>(k, x, w, columns, add, out);
+  };
+  if (m == 1) stream(std::integral_constant<size_t, 1>());
+  if (m == 2) stream(std::integral_constant<size_t, 2>());
+  if (m == 3) stream(std::integral_constant<size_t, 3>());
+  if (m == 4) stream(std::integral_constant<size_t, 4>());
+}
+
+// to = init + bias, of which one may be null.
+void Begin(const float* init, const float* bias, size_t n, float* to) {
+  if (init == nullptr || bias == nullptr) {
+    const float* from = init == nullptr ? bias : init;
+    if (from != to) std::copy_n(from, n, to);
+    return;
+  }
+  size_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    StoreFloat(hn::Add(LoadFloat(init + j), LoadFloat(bias + j)), to + j);
+  }
+  for (; j < n; ++j) to[j] = init[j] + bias[j];
+}
+
+// Like x·W of few rows: b streams past (1×1024, rank 8, Zen 3: shrink and expand 1.8 → 1.2 µs).
+template <class T>
+void ExpandFew(const float* h, size_t m, size_t r, const float* b, size_t b_row, size_t n,
+               float scale, const float* init, size_t init_row, const float* bias, void* y_,
+               size_t y_row, Scratch* scratch) {
+  T* y = static_cast<T*>(y_);
+  constexpr size_t kColumns = Scratch::kPanelDepth * Scratch::kPanel / Scratch::kFew;
+  for (size_t j = 0; j < n; j += kColumns) {
+    const size_t columns = std::min(kColumns, n - j);
+    Rows<float> out = {scratch->panel, columns};
+    if constexpr (std::is_same<T, float>::value) out = {y + j, y_row};
+    bool begun = init != nullptr || bias != nullptr;
+    for (size_t i = 0; i < m; ++i) {
+      float* row = out.data + i * out.row;
+      if (begun) {
+        Begin(init == nullptr ? nullptr : init + i * init_row + j,
+              bias == nullptr ? nullptr : bias + j, columns, row);
+      } else if (r == 0) {
+        std::fill_n(row, columns, 0.0f);
+      }
+    }
+    for (size_t p = 0; p < r; p += kDepth) {
+      const size_t depth = std::min(kDepth, r - p);
+      for (size_t i = 0; i < m; ++i) {
+        for (size_t q = 0; q < depth; ++q) {
+          scratch->rows[i * depth + q] = scale * h[i * r + p + q];
+        }
+      }
+      StreamRows<float>(m, depth, {scratch->rows, depth}, {b + p * b_row + j, b_row}, columns,
+                        begun, out);
+      begun = true;
+    }
+    if constexpr (!std::is_same<T, float>::value) {
+      for (size_t i = 0; i < m; ++i) {
+        Sum<T>(out.data + i * out.row, 1, 0, 0, columns, y + i * y_row + j);
+      }
+    }
+  }
+}
+
 // Few rows: W streams past once, as it lies.
 // More rows: panels of W are packed contiguous (and widened) into the first cache, where every
 // tile of rows reads them; meanwhile the next panel of the same rows is asked for.
@@ -240,14 +325,7 @@ void Product(const void* x_, size_t m, size_t k, size_t k0, size_t k1, const voi
     for (size_t p = k0; p < k1; p += kDepth) {
       const size_t depth = std::min(kDepth, k1 - p);
       const Rows<const float> xf = Widened(x + p, k, m, depth, scratch->rows);
-      const auto stream = [&](auto rows) HWY_ATTR {
-        Stream<decltype(rows)::value, T>(depth, xf, {w + p * n, n}, columns, p > k0,
-                                         {out, out_row});
-      };
-      if (m == 1) stream(std::integral_constant<size_t, 1>());
-      if (m == 2) stream(std::integral_constant<size_t, 2>());
-      if (m == 3) stream(std::integral_constant<size_t, 3>());
-      if (m == 4) stream(std::integral_constant<size_t, 4>());
+      StreamRows<T>(m, depth, xf, {w + p * n, n}, columns, p > k0, {out, out_row});
     }
     return;
   }
@@ -277,24 +355,6 @@ void ProductTransposed(const void* g_, size_t m, size_t n, const void* w_, size_
     const size_t depth = std::min(kDepth, n - p);
     Nt<false, T>(m, columns, depth, Widened(g + p, n, m, depth, scratch->rows), {w + p, n}, 1.0f,
                  p > 0, {out, columns});
-  }
-}
-
-template <class T>
-void Sum(const float* partial, size_t slices, size_t stride, size_t i0, size_t i1, void* out_) {
-  T* out = static_cast<T*>(out_);
-  const auto sum = [&](size_t i, auto load) HWY_ATTR {
-    VF total = load(partial + i);
-    for (size_t s = 1; s < slices; ++s) total = hn::Add(total, load(partial + s * stride + i));
-    return total;
-  };
-  size_t i = i0;
-  for (; i + kLanes <= i1; i += kLanes) {
-    StoreFloat(sum(i, [](const float* from) HWY_ATTR { return LoadFloat(from); }), out + i);
-  }
-  if (i < i1) {
-    StoreFloatN(sum(i, [&](const float* from) HWY_ATTR { return LoadFloatN(from, i1 - i); }),
-                out + i, i1 - i);
   }
 }
 
@@ -339,19 +399,10 @@ void SumTransposed(const float* partial, size_t slices, size_t stride, size_t k,
 
 template <class T>
 constexpr Kernels Table() {
-  return {kPanel,
-          &ShrinkFew<T>,
-          &ShrinkPanels<T>,
-          &Transpose<T>,
-          &Pack<T>,
-          &Shrink<T>,
-          &Expand<T>,
-          &Outer<T>,
-          &Product<T>,
-          &Gather,
-          &ProductTransposed<T>,
-          &Sum<T>,
-          &SumTransposed<T>};
+  return {kPanel,    &ShrinkFew<T>,    &ShrinkPanels<T>, &Transpose<T>,
+          &Pack<T>,  &Shrink<T>,       &Expand<T>,       &ExpandFew<T>,
+          &Outer<T>, &Product<T>,      &Gather,          &ProductTransposed<T>,
+          &Sum<T>,   &SumTransposed<T>};
 }
 
 const Kernels* TableFor(Storage storage) {

@@ -72,6 +72,11 @@ struct Kernels {
   void (*expand)(const float* h, size_t m, size_t r, Panels<const float> b, size_t n, float scale,
                  const float* init, size_t init_row, const float* bias, void* y, size_t y_row);
 
+  // The same for m ≤ kFew and a row-major b.
+  void (*expand_few)(const float* h, size_t m, size_t r, const float* b, size_t b_row, size_t n,
+                     float scale, const float* init, size_t init_row, const float* bias, void* y,
+                     size_t y_row, Scratch* scratch);
+
   // out (r, n) += scale · hᵀ · g, h (m, r), g (m, n).
   void (*outer)(const float* h, size_t m, size_t r, const void* g, size_t n, float scale,
                 float* out, Scratch* scratch);

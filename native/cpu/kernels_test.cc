@@ -321,10 +321,13 @@ class Suite {
   }
 
   void Expand(size_t m, size_t r, size_t n) {
-    EachLayout(r, n, [&](Panels<float> layout, size_t size) { Expand(m, r, n, layout, size); });
+    EachLayout(r, n, [&](Panels<float> layout, size_t size) {
+      Expand(m, r, n, layout, size, false);
+      if (layout.row == n && m <= Scratch::kFew) Expand(m, r, n, layout, size, true);
+    });
   }
 
-  void Expand(size_t m, size_t r, size_t n, Panels<float> layout, size_t size) {
+  void Expand(size_t m, size_t r, size_t n, Panels<float> layout, size_t size, bool few) {
     const float scale = 0.75f;
     const size_t y_row = n + m % 2;  // rows further apart than they are long
     Block h = FloatIntegers(m * r), b = Floats(size), bias = FloatIntegers(n);
@@ -355,10 +358,17 @@ class Suite {
         const float* from = which == kNone      ? nullptr
                             : which == kInPlace ? y.floats()
                                                 : init.floats();
-        kernels_.expand(h.floats(), m, r, layout.Read(), n, scale, from, init_row,
-                        biased ? bias.floats() : nullptr, y.at(0), y_row);
-        Check(y == expected, storage_, "expand m=%zu r=%zu n=%zu row=%zu y_row=%zu init=%d bias=%d",
-              m, r, n, layout.row, y_row, which, biased);
+        const float* add = biased ? bias.floats() : nullptr;
+        if (few) {
+          kernels_.expand_few(h.floats(), m, r, b.floats(), n, n, scale, from, init_row, add,
+                              y.at(0), y_row, PoisonedScratch());
+        } else {
+          kernels_.expand(h.floats(), m, r, layout.Read(), n, scale, from, init_row, add, y.at(0),
+                          y_row);
+        }
+        Check(y == expected, storage_,
+              "expand m=%zu r=%zu n=%zu row=%zu y_row=%zu init=%d bias=%d few=%d", m, r, n,
+              layout.row, y_row, which, biased, few);
       }
     }
   }
