@@ -125,7 +125,8 @@ def _bench(arguments: argparse.Namespace, console: Console) -> int:
         for case in cases:
             progress.update(task, description=str(case))
             try:
-                case = dataclasses.replace(case, chain=arguments.layers)
+                if arguments.layers:
+                    case = dataclasses.replace(case, chain=arguments.layers)
                 rows.append(bench.measure(case, seconds=arguments.seconds, implementation=wanted))
             except KeyboardInterrupt:
                 failures.append("interrupted: the cases that follow were not measured")
@@ -209,7 +210,8 @@ def _table(rows: list[Row]) -> Table:
     with_base = any(row.base_us is not None for row in rows)
     with_form = any(row.form for row in rows)
     table = Table(box=None, pad_edge=False)
-    titles = ["shape", "rank", "dtype", "ours µs", "XLA µs"]
+    with_layers = len({row.case.chain for row in rows}) > 1
+    titles = ["shape", "rank", "dtype"] + ["layers"] * with_layers + ["ours µs", "XLA µs"]
     titles += ["base µs"] * with_base + ["ours/XLA"] + ["ours/base"] * with_base + ["achieved"]
     for title in titles:
         left = title in ("shape", "dtype")
@@ -218,7 +220,10 @@ def _table(rows: list[Row]) -> Table:
         table.add_column("form", no_wrap=True)
     for row in rows:
         case = row.case
-        cells = [case.shape, str(case.rank), case.dtype, _number(row.ours_us), _number(row.xla_us)]
+        cells = [case.shape, str(case.rank), case.dtype]
+        if with_layers:
+            cells.append(str(row.layers))
+        cells += [_number(row.ours_us), _number(row.xla_us)]
         if with_base:
             cells.append(_number(row.base_us) if row.base_us is not None else "")
         cells.append(_ratio(row.over_xla))

@@ -100,7 +100,7 @@ def test_all_gradients_leave_the_program(short_chain):
 @pytest.mark.parametrize("preset", bench.PRESETS)
 def test_presets(preset):
     cases = list(bench.PRESETS[preset]())
-    assert len(cases) == len(set(cases)) == {"table": 19, "sweep": 1980}[preset]
+    assert len(cases) == len(set(cases)) == {"table": 20, "sweep": 1980}[preset]
     for case in cases:
         assert case.layers % 2 == 0
         assert 2 <= case.layers <= 64
@@ -159,6 +159,17 @@ def test_flags_choose_from_a_list(measured):
     measured.clear()
     cli.main(["bench", "--cases", "sweep", "--rows", "1", "--in", "256", "--rank", "8"])
     assert len(measured) == 2 * 2 * 3
+
+
+def test_the_smallest_case_is_measured_in_two_chains(measured, capsys):
+    flags = ["--op", "lora_forward", "--rows", "1", "512", "--direction", "forward"]
+    cli.main(["bench", "--cases", "table", *flags])
+    assert [case.chain for case, _ in measured] == [16, None, None]
+    assert "layers" in capsys.readouterr().out
+    measured.clear()
+    cli.main(["bench", "--cases", "table", *flags, "--layers", "4"])
+    assert [case.chain for case, _ in measured] == [4, 4, 4]
+    assert "layers" not in capsys.readouterr().out
 
 
 def test_flags_make_shapes(measured):

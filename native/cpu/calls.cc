@@ -57,6 +57,13 @@ T* At(T* data, int64_t elements, ffi::DataType dtype) {
   return static_cast<Byte*>(data) + elements * static_cast<int64_t>(Width(dtype));
 }
 
+// Whether a sweep from one buffer to another begins at their ends. In a chain of layers XLA lets
+// two buffers take turns, so each sweep goes the other way than the one before and begins with the
+// rows that this one left in the second cache (float32, 512×2048, rank 16: 281 → 268 µs).
+bool Backwards(const void* from, const void* to) {
+  return reinterpret_cast<uintptr_t>(from) > reinterpret_cast<uintptr_t>(to);
+}
+
 // A thread's working memory, allocated the first time the thread takes a block.
 Scratch* ThreadScratch() {
   thread_local std::unique_ptr<Scratch> scratch(new Scratch);
@@ -214,7 +221,7 @@ ffi::Error LoraForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer a,
   RunPhases(pool, threads,
             {factor_blocks + bias_blocks + (product ? c.slices * column_ranges * row_ranges : 0),
              Blocks(c.m, kRowBlock), product ? finish_ranges * Blocks(c.n, finish_columns) : 0},
-            [&](const Phases& phases, int phase, int64_t index) {
+            !product && Backwards(c.x, c.y), [&](const Phases& phases, int phase, int64_t index) {
               if (phase == 0) return prepare(index);
               // A shrink alone, of an A that is read as it lies, waits for nothing.
               if (phase > 1 || factors.at.data || !product) phases.WaitBefore(phase);
@@ -286,7 +293,7 @@ ffi::Error LoraBackward(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer x
   const int64_t product_blocks = Blocks(c.m, Scratch::kRows);
   const int64_t dx_blocks = product ? product_blocks * Blocks(c.k, columns) : 0;
 
-  RunPhases(pool, threads, {factors.blocks(c), c.slices, dx_blocks + da_blocks + db_blocks},
+  RunPhases(pool, threads, {factors.blocks(c), c.slices, dx_blocks + da_blocks + db_blocks}, false,
             [&](const Phases& phases, int phase, int64_t index) {
               if (phase == 0) return factors.Make(c, index);
               if (phase == 1) {

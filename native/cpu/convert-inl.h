@@ -138,12 +138,11 @@ HWY_INLINE void PrefetchAhead(const void* from, size_t bytes) {
   hwy::Prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + bytes));
 }
 
-// n elements of storage type T as float32. Meanwhile asks for what lies `ahead` bytes further.
+// n elements of storage type T as float32.
 template <class T>
-HWY_INLINE void ToFloat(const T* from, size_t n, float* to, size_t ahead = 0) {
+HWY_INLINE void ToFloat(const T* from, size_t n, float* to) {
   size_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    if (ahead != 0) PrefetchAhead(from + i, ahead);
     StoreFloat(LoadFloat(from + i), to + i);
   }
   if (i < n) StoreFloatN(LoadFloatN(from + i, n - i), to + i, n - i);

@@ -23,17 +23,13 @@ namespace HWY_NAMESPACE {
 
 constexpr size_t kDepth = Scratch::kDepth;
 
-// m rows of `depth` elements as float32: in place, or widened into `to`, and then the rows `ahead`
-// of each are asked for.
+// m rows of `depth` elements as float32: in place, or widened into `to`.
 template <class T>
-Rows<const float> Widened(const T* x, size_t row, size_t m, size_t depth, float* to,
-                          size_t ahead = 0) {
+Rows<const float> Widened(const T* x, size_t row, size_t m, size_t depth, float* to) {
   if constexpr (std::is_same<T, float>::value) {
     return {x, row};
   } else {
-    for (size_t i = 0; i < m; ++i) {
-      ToFloat(x + i * row, depth, to + i * depth, ahead * row * sizeof(T));
-    }
+    for (size_t i = 0; i < m; ++i) ToFloat(x + i * row, depth, to + i * depth);
     return {to, depth};
   }
 }
@@ -128,28 +124,53 @@ void ShrinkPanels(const void* x_, size_t m, size_t k, const void* a_, size_t r, 
   }
 }
 
-// A block is widened, then gathered column by column. 64 rows a block: the rows of `at` lie a power
-// of two apart more often than not, and one line written to each in turn would evict the others.
+// to (columns, rows) = fromᵀ, from (rows, columns): squares of four by four, and what is left.
+void TransposeFloats(Rows<const float> from, size_t rows, size_t columns, Rows<float> to) {
+  size_t whole_rows = 0, whole_columns = 0;
+#if HWY_TARGET != HWY_SCALAR
+  const hn::FixedTag<float, 4> d;
+  const hn::Repartition<uint64_t, decltype(d)> d64;
+  whole_rows = rows / 4 * 4, whole_columns = columns / 4 * 4;
+  for (size_t j = 0; j < whole_columns; j += 4) {
+    for (size_t i = 0; i < whole_rows; i += 4) {
+      const float* square = from.data + i * from.row + j;
+      const auto r0 = hn::LoadU(d, square), r1 = hn::LoadU(d, square + from.row);
+      const auto r2 = hn::LoadU(d, square + 2 * from.row);
+      const auto r3 = hn::LoadU(d, square + 3 * from.row);
+      const auto low01 = hn::BitCast(d64, hn::InterleaveLower(d, r0, r1));
+      const auto low23 = hn::BitCast(d64, hn::InterleaveLower(d, r2, r3));
+      const auto high01 = hn::BitCast(d64, hn::InterleaveUpper(d, r0, r1));
+      const auto high23 = hn::BitCast(d64, hn::InterleaveUpper(d, r2, r3));
+      float* turned = to.data + j * to.row + i;
+      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, low01, low23)), d, turned);
+      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, low01, low23)), d, turned + to.row);
+      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, high01, high23)), d, turned + 2 * to.row);
+      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, high01, high23)), d, turned + 3 * to.row);
+    }
+  }
+#endif
+  for (size_t j = 0; j < columns; ++j) {
+    for (size_t i = j < whole_columns ? whole_rows : 0; i < rows; ++i) {
+      to.data[j * to.row + i] = from.data[i * from.row + j];
+    }
+  }
+}
+
+// 64 rows at a time: the rows of `at` lie a power of two apart more often than not, and one line
+// written to each in turn would evict the others.
 template <class T>
 void Transpose(const void* a_, size_t r, size_t k0, size_t k1, Panels<float> at) {
   const T* a = static_cast<const T*>(a_);
-  const DF d;
   constexpr size_t kRows = 64, kColumns = 64;
   HWY_ALIGN float block[kRows * kColumns];
-  const auto column = hn::Mul(hn::Iota(DI(), 0), hn::Set(DI(), static_cast<int32_t>(kColumns)));
   for (size_t p = k0; p < k1; p += kRows) {
     const size_t rows = std::min(kRows, k1 - p);
     for (size_t r0 = 0; r0 < r; r0 += kColumns) {
       const size_t columns = std::min(kColumns, r - r0);
-      for (size_t i = 0; i < rows; ++i)
-        ToFloat(a + (p + i) * r + r0, columns, block + i * kColumns);
-      for (size_t j = 0; j < columns; ++j) {
-        const auto to = [&](size_t i) { return InPanel(at, p + i) + (r0 + j) * at.row; };
-        size_t i = 0;
-        for (; i + kLanes <= rows; i += kLanes) {
-          StoreFloat(hn::GatherIndex(d, block + i * kColumns + j, column), to(i));
-        }
-        for (; i < rows; ++i) *to(i) = block[i * kColumns + j];
+      const Rows<const float> from = Widened(a + p * r + r0, r, rows, columns, block);
+      for (size_t i = 0; i < rows; i += kPanel) {
+        TransposeFloats({from.data + i * from.row, from.row}, std::min(kPanel, rows - i), columns,
+                        {InPanel(at, p + i) + r0 * at.row, at.row});
       }
     }
   }
@@ -187,10 +208,8 @@ void Shrink(const void* x_, size_t m, size_t k, const float* at, size_t r, float
     const size_t rows = std::min(kNtRows, m - i);
     for (size_t p = 0; p < k; p += kDepth) {
       const size_t depth = std::min(kDepth, k - p);
-      constexpr bool kInPlace = kAnnounce && std::is_same<T, float>::value;
-      const auto xf =
-          Widened(x + i * k + p, k, rows, depth, scratch->rows, kAnnounce ? kNtRows : 0);
-      Nt<kInPlace, float>(rows, r, depth, xf, {at + p, k}, scale, p > 0, {h + i * r, r});
+      const Rows<const float> xf = Widened(x + i * k + p, k, rows, depth, scratch->rows);
+      Nt<float>(rows, r, depth, xf, {at + p, k}, scale, p > 0, {h + i * r, r});
     }
   }
 }
@@ -353,8 +372,8 @@ void ProductTransposed(const void* g_, size_t m, size_t n, const void* w_, size_
   if (n == 0) std::fill_n(out, m * columns, 0.0f);
   for (size_t p = 0; p < n; p += kDepth) {
     const size_t depth = std::min(kDepth, n - p);
-    Nt<false, T>(m, columns, depth, Widened(g + p, n, m, depth, scratch->rows), {w + p, n}, 1.0f,
-                 p > 0, {out, columns});
+    Nt<T>(m, columns, depth, Widened(g + p, n, m, depth, scratch->rows), {w + p, n}, 1.0f, p > 0,
+          {out, columns});
   }
 }
 
@@ -369,29 +388,16 @@ template <class T>
 void SumTransposed(const float* partial, size_t slices, size_t stride, size_t k, size_t r,
                    size_t k0, size_t k1, void* out_) {
   T* out = static_cast<T*>(out_);
-  const DF d;
-  constexpr size_t kRank = 64;  // ranks taken at a time
-  HWY_ALIGN float block[kRank * kLanes];
-  const auto column = hn::Mul(hn::Iota(DI(), 0), hn::Set(DI(), static_cast<int32_t>(kLanes)));
-  for (size_t p = k0; p < k1; p += kLanes) {
-    const size_t rows = std::min(kLanes, k1 - p);
-    for (size_t r0 = 0; r0 < r; r0 += kRank) {
-      const size_t ranks = std::min(kRank, r - r0);
-      for (size_t j = 0; j < ranks; ++j) {
-        const size_t at = (r0 + j) * k + p;
-        Sum<float>(partial + at, slices, stride, 0, rows, block + j * kLanes);
-      }
+  constexpr size_t kRows = 64, kRanks = 64;  // of `out`, taken at a time
+  HWY_ALIGN float sums[kRanks * kRows], turned[kRows * kRanks];
+  for (size_t p = k0; p < k1; p += kRows) {
+    const size_t rows = std::min(kRows, k1 - p);
+    for (size_t r0 = 0; r0 < r; r0 += kRanks) {
+      const size_t ranks = std::min(kRanks, r - r0);
+      Gather(partial + r0 * k + p, slices, stride, ranks, k, rows, sums);
+      TransposeFloats({sums, rows}, ranks, rows, {turned, kRanks});
       for (size_t i = 0; i < rows; ++i) {
-        T* to = out + (p + i) * r + r0;
-        size_t j = 0;
-        for (; j + kLanes <= ranks; j += kLanes) {
-          StoreFloat(hn::GatherIndex(d, block + j * kLanes + i, column), to + j);
-        }
-        if (j < ranks) {
-          HWY_ALIGN float last[kLanes] = {};
-          for (size_t l = 0; j + l < ranks; ++l) last[l] = block[(j + l) * kLanes + i];
-          StoreFloatN(LoadFloat(last), to + j, ranks - j);
-        }
+        Sum<T>(turned + i * kRanks, 1, 0, 0, ranks, out + (p + i) * r + r0);
       }
     }
   }

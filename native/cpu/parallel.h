@@ -28,9 +28,10 @@ class Phases {
   static constexpr int kMax = 3;
   using Sizes = std::array<int64_t, kMax>;
 
-  // `threads` are expected to work; more may.
-  Phases(const Sizes& sizes, int64_t threads)
-      : sizes_(sizes), ranges_(std::min<int64_t>(threads, kRanges)) {
+  // `threads` are expected to work; more may. `backwards`: each range from its last block to its
+  // first.
+  Phases(const Sizes& sizes, int64_t threads, bool backwards)
+      : sizes_(sizes), ranges_(std::min<int64_t>(threads, kRanges)), backwards_(backwards) {
     for (int phase = 0; phase < kMax; ++phase) {
       for (int64_t range = 0; range < ranges_; ++range) {
         cursors_[phase][range].next.store(Begin(phase, range), std::memory_order_relaxed);
@@ -59,11 +60,12 @@ class Phases {
   void Work(int64_t thread, Body& body) {
     for (int phase = 0; phase < kMax; ++phase) {
       for (int64_t i = 0; i < ranges_; ++i) {
-        const int64_t range = (thread + i) % ranges_, end = Begin(phase, range + 1);
+        const int64_t range = (thread + i) % ranges_;
+        const int64_t begin = Begin(phase, range), end = Begin(phase, range + 1);
         for (;;) {
           const int64_t index = cursors_[phase][range].next.fetch_add(1, std::memory_order_relaxed);
           if (index >= end) break;
-          body(*this, phase, index);
+          body(*this, phase, backwards_ ? begin + (end - 1 - index) : index);
           done_[phase].fetch_add(1, std::memory_order_release);
         }
       }
@@ -80,6 +82,7 @@ class Phases {
 
   Sizes sizes_;
   int64_t ranges_;
+  bool backwards_;
   std::array<std::array<Cursor, kRanges>, kMax> cursors_;
   std::array<std::atomic<int64_t>, kMax> done_{};
 };
@@ -88,16 +91,16 @@ class Phases {
 // of `pool`, the caller among them. A body that needs the results of earlier phases calls
 // phases.WaitBefore(phase) itself, as late as it can. Pool is xla::ffi::ThreadPool, or a test's.
 template <class Pool, class Body>
-void RunPhases(Pool& pool, int64_t threads, const Phases::Sizes& sizes, Body body) {
+void RunPhases(Pool& pool, int64_t threads, const Phases::Sizes& sizes, bool backwards, Body body) {
   if (threads <= 1) {
-    Phases phases(sizes, 1);
+    Phases phases(sizes, 1, backwards);
     phases.Work(0, body);
     return;
   }
   const int64_t blocks = *std::max_element(sizes.begin(), sizes.end());
   threads = std::max<int64_t>(std::min(threads, blocks), 1);
   // Shared, because a task that starts late looks at the cursors after the call has returned.
-  auto phases = std::make_shared<Phases>(sizes, threads);
+  auto phases = std::make_shared<Phases>(sizes, threads, backwards);
   for (int64_t thread = 1; thread < threads; ++thread) {
     pool.Schedule([phases, &body, thread] { phases->Work(thread, body); });
   }

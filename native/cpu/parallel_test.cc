@@ -78,11 +78,12 @@ struct LatePool {
 
 // Runs phases that count their blocks. Whether each block ran once, and after the phases before.
 template <class AnyPool>
-bool RunsEachBlockOnceInOrder(AnyPool& pool, int64_t threads, const Phases::Sizes& sizes) {
+bool RunsEachBlockOnceInOrder(AnyPool& pool, int64_t threads, const Phases::Sizes& sizes,
+                              bool backwards = false) {
   std::array<std::vector<int>, Phases::kMax> runs;
   for (int phase = 0; phase < Phases::kMax; ++phase) runs[phase].resize(sizes[phase]);
   std::atomic<bool> in_order{true};
-  RunPhases(pool, threads, sizes, [&](const Phases& phases, int phase, int64_t index) {
+  RunPhases(pool, threads, sizes, backwards, [&](const Phases& phases, int phase, int64_t index) {
     phases.WaitBefore(phase);
     for (int before = 0; before < phase; ++before) {
       for (int count : runs[before]) {
@@ -109,7 +110,7 @@ void Everything() {
     for (const Phases::Sizes& sizes : kSizes) {
       bool ok = true;
       for (int repeat = 0; repeat < 50; ++repeat) {
-        ok = RunsEachBlockOnceInOrder(pool, threads, sizes) && ok;
+        ok = RunsEachBlockOnceInOrder(pool, threads, sizes, repeat % 2 == 1) && ok;
       }
       Check(ok, "each block once, in order", threads, sizes);
     }
@@ -128,6 +129,19 @@ void TasksThatStartLate() {
             "no more tasks than blocks", threads, sizes);
       for (const auto& task : pool.tasks) task();
     }
+  }
+}
+
+// One thread alone meets its range in the order that was asked for.
+void Backwards() {
+  const Phases::Sizes sizes = {5, 0, 3};
+  for (bool backwards : {false, true}) {
+    std::vector<int64_t> order, expected = {0, 1, 2, 3, 4, 0, 1, 2};
+    if (backwards) expected = {4, 3, 2, 1, 0, 2, 1, 0};
+    LatePool pool;
+    RunPhases(pool, 1, sizes, backwards,
+              [&](const Phases&, int, int64_t index) { order.push_back(index); });
+    Check(order == expected, "order of blocks", 1, sizes);
   }
 }
 
@@ -152,6 +166,7 @@ int main() {
   using namespace jax_fused_lora;
   Everything();
   TasksThatStartLate();
+  Backwards();
   CallsOnThePoolsOwnThreads();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 && passed > 0 ? 0 : 1;
