@@ -293,8 +293,8 @@ ffi::Error LoraBackward(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer x
   const int64_t product_blocks = Blocks(c.m, Scratch::kRows);
   const int64_t dx_blocks = product ? product_blocks * Blocks(c.k, columns) : 0;
 
-  RunPhases(pool, threads, {factors.blocks(c), c.slices, dx_blocks + da_blocks + db_blocks}, false,
-            [&](const Phases& phases, int phase, int64_t index) {
+  RunPhases(pool, threads, {factors.blocks(c), c.slices, dx_blocks + da_blocks + db_blocks},
+            /*backwards=*/false, [&](const Phases& phases, int phase, int64_t index) {
               if (phase == 0) return factors.Make(c, index);
               if (phase == 1) {
                 phases.WaitBefore(1);

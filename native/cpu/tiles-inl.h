@@ -309,8 +309,8 @@ HWY_INLINE void NtTile(size_t k, Rows<const float> a, Rows<const TB> b, float sc
 
 // out (m, n) = scale · a (m, k) · b (n, k)ᵀ, added to what is there if `add`. Columns of b are
 // the outer loop of a row tile: a's rows stay in the first cache while b streams past. Asking for
-// the next tile's rows of a meanwhile lost to the machine's own prefetchers, also with AVX-512
-// (float32, 512×2048, rank 16: 134 GFLOP/s, without 143).
+// the next tile's rows of a meanwhile lost to the machine's own prefetchers (AVX-512, float32,
+// 512×2048, rank 16: 132 GFLOP/s, without 141; not measured on Arm).
 template <class TB>
 HWY_INLINE void Nt(size_t m, size_t n, size_t k, Rows<const float> a, Rows<const TB> b, float scale,
                    bool add, Rows<float> out) {
