@@ -1,7 +1,8 @@
-"""The command line: `info` says what is installed, `bench` measures it."""
+"""The command line: `info` says what is installed, `bench` measures it, `selftest` checks it."""
 
 import argparse
 import dataclasses
+import faulthandler
 import itertools
 import json
 import os
@@ -16,18 +17,15 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 import jax_fused_lora
-from jax_fused_lora import bench, implementations
-from jax_fused_lora.bench import Case, Ratio, Row
+from jax_fused_lora import bench, implementations, report, selftest
+from jax_fused_lora.bench import Case, Row
+from jax_fused_lora.selftest import Check, Duel, Result, Timing
 
 # A table that is piped into a file has no terminal to take its width from.
 PIPED_WIDTH = 120
-# What counts as slower than XLA, and not as noise.
-SLOWER = 1.05
 # What a shape given by hand has where a flag does not say.
 SHAPE = {"rows": 1, "in_features": 2048, "rank": 8}
 
@@ -55,6 +53,7 @@ def machine() -> dict[str, Any]:
         "jax": jax.__version__,
         "jaxlib": metadata.version("jaxlib"),
         "python": platform.python_version(),
+        "system": platform.platform(),
         "implementations": {
             name: dataclasses.asdict(one) for name, one in implementations().items()
         },
@@ -64,9 +63,12 @@ def machine() -> dict[str, Any]:
 
 def write_json(path: Path, header: dict[str, Any], rows: Iterable[Row]) -> None:
     """Writes all that was measured; whoever reads the file finds all of it or the old one."""
-    report = {"machine": header, "rows": [dataclasses.asdict(row) for row in rows]}
+    _write_json(path, {"machine": header, "rows": [dataclasses.asdict(row) for row in rows]})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     part.replace(path)
 
 
@@ -86,16 +88,8 @@ def _info(_: argparse.Namespace, console: Console) -> int:
     header = machine()
     for name in ("jax_fused_lora", "jax", "jaxlib", "python"):
         console.print(f"{name:15} {header[name]}")
-    table = Table(box=None, pad_edge=False)
-    for title in ("implementation", "platform", "available"):
-        table.add_column(title, no_wrap=True)
-    table.add_column("reason", overflow="fold")
-    for name, implementation in implementations().items():
-        available = "yes" if implementation.available else "no"
-        # A reason may have brackets, as in `pip install name[extra]`, which are rich's markup.
-        table.add_row(name, implementation.platform, available, escape(implementation.reason))
     console.print()
-    console.print(table)
+    report.print_implementations(console, header)
     return 0
 
 
@@ -104,23 +98,14 @@ def _bench(arguments: argparse.Namespace, console: Console) -> int:
         cases = _cases(arguments)
     except ValueError as error:
         arguments.parser.error(str(error))
-    if arguments.json and not arguments.json.parent.is_dir():
-        arguments.parser.error(f"argument --json: no folder {arguments.json.parent}")
+    _check_folder(arguments)
     wanted = arguments.implementation
     if wanted and not implementations()[wanted].available:
         arguments.parser.error(f"argument --implementation: {implementations()[wanted].reason}")
     header = machine()
     rows: list[Row] = []
     failures: list[str] = []
-    progress = Progress(
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    with progress:
+    with _progress() as progress:
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=str(case))
@@ -136,13 +121,24 @@ def _bench(arguments: argparse.Namespace, console: Console) -> int:
             except (ValueError, TypeError, RuntimeError) as error:
                 failures.append(f"{case}: {error}")
             progress.advance(task)
-    _print_header(console, header)
-    _print_rows(console, rows)
+    report.print_bench_header(console, header)
+    report.print_rows(console, rows)
     if arguments.json:
         write_json(arguments.json, header, rows)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _progress() -> Progress:
+    return Progress(
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        console=Console(stderr=True),
+        transient=True,
+    )
 
 
 def _cases(arguments: argparse.Namespace) -> list[Case]:
@@ -176,74 +172,58 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
     return cases
 
 
-def _print_header(console: Console, header: dict[str, Any]) -> None:
-    on = "" if header["platform"] == "cpu" else f", {header['device']}"
-    console.print(f"{header['processor']}, {header['cores']} cores{on}, {header['date']}")
+def _selftest(arguments: argparse.Namespace, console: Console) -> int:
+    _check_folder(arguments)
+    # Native code that was never run on this kind of machine may end the process: then the machine
+    # is printed already, the bar still names the step, and Python says where it was.
+    if not faulthandler.is_enabled():
+        faulthandler.enable()
+    # Tables cut to a narrow terminal would be cut in the issue as well.
+    console.width = max(console.width, PIPED_WIDTH)
+    header = machine()
+    report.print_machine(console, header)
+    console.print(header["system"] + "\n")
+    report.print_implementations(console, header)
+    console.file.flush()
+    steps = selftest.plan(quick=arguments.quick)
+    results: list[Result] = []
+    with _progress() as progress:
+        task = progress.add_task("", total=len(steps))
+        try:
+            for step in steps:
+                progress.update(task, description=step.title, refresh=True)
+                results.append(step.run())
+                progress.advance(task)
+        except KeyboardInterrupt:
+            pass  # what is there is printed all the same
+    checks = [result for result in results if isinstance(result, Check)]
+    timings = [result for result in results if isinstance(result, Timing)]
+    duels = [result for result in results if isinstance(result, Duel)]
+    report.print_checks(console, checks, header)
+    if timings:
+        report.print_timings(console, timings)
+    if duels:
+        report.print_duels(console, duels)
+    if header["implementations"]["metal"]["available"]:
+        report.print_metal_variable(console)
+    if arguments.json:
+        content = {"machine": header, "steps": len(steps), "crossings": selftest.crossings(duels)}
+        for name, some in (("checks", checks), ("timings", timings), ("duels", duels)):
+            content[name] = [dataclasses.asdict(result) for result in some]
+        _write_json(arguments.json, content)
+    failed = sum(bool(result.problem) for result in results)
+    missing = len(steps) - len(results)
     console.print(
-        f"jax_fused_lora {header['jax_fused_lora']}, jax {header['jax']}, "
-        f"jaxlib {header['jaxlib']}, Python {header['python']}"
+        f"\n{len(results) - failed} of {len(steps)} steps passed, {failed} failed"
+        + (f"; interrupted, {missing} were not run" if missing else "")
     )
-    # Without native code ours is XLA too, and every ratio would be 1 for no visible reason.
-    for name, one in header["implementations"].items():
-        if one["platform"] == header["platform"] and (one["available"] or name == one["platform"]):
-            console.print(
-                f"{name}: {'' if one['available'] else 'missing, '}{escape(one['reason'])}"
-            )
-    console.print(
-        "µs a layer: medians; ratios of these, in brackets the quartiles of each round's ratio"
-    )
+    console.print("Paste this report into an issue of the project (as code, between lines of ```).")
+    return 1 if failed or missing else 0
 
 
-def _print_rows(console: Console, rows: list[Row]) -> None:
-    for (op, direction), group in itertools.groupby(
-        rows, lambda row: (row.case.op, row.case.direction)
-    ):
-        console.print(f"\n[bold]{op}, {direction}[/]")
-        console.print(_table(list(group)))
-    slower = [row for row in rows if row.over_xla.medians > SLOWER]
-    if rows:
-        console.print(f"\nslower than XLA by more than 5%: {len(slower)} of {len(rows)}")
-
-
-def _table(rows: list[Row]) -> Table:
-    """A table of one op and direction; columns that would be empty are left out."""
-    with_base = any(row.base_us is not None for row in rows)
-    with_form = any(row.form for row in rows)
-    table = Table(box=None, pad_edge=False)
-    with_layers = len({row.case.chain for row in rows}) > 1
-    titles = ["shape", "rank", "dtype"] + ["layers"] * with_layers + ["ours µs", "XLA µs"]
-    titles += ["base µs"] * with_base + ["ours/XLA"] + ["ours/base"] * with_base + ["achieved"]
-    for title in titles:
-        left = title in ("shape", "dtype")
-        table.add_column(title, justify="left" if left else "right", no_wrap=True)
-    if with_form:
-        table.add_column("form", no_wrap=True)
-    for row in rows:
-        case = row.case
-        cells = [case.shape, str(case.rank), case.dtype]
-        if with_layers:
-            cells.append(str(row.layers))
-        cells += [_number(row.ours_us), _number(row.xla_us)]
-        if with_base:
-            cells.append(_number(row.base_us) if row.base_us is not None else "")
-        cells.append(_ratio(row.over_xla))
-        if with_base:
-            cells.append(f"{row.over_base.medians:.2f}" if row.over_base is not None else "")
-        compute = case.compute_bound
-        cells.append(f"{row.gflop_per_s:.1f} GFLOP/s" if compute else f"{row.gb_per_s:.1f} GB/s")
-        if with_form:
-            cells.append(row.form)
-        table.add_row(*cells, style="red" if row.over_xla.medians > SLOWER else None)
-    return table
-
-
-def _number(us: float) -> str:
-    return f"{us:,.2f}" if us < 100 else f"{us:,.0f}"
-
-
-def _ratio(ratio: Ratio) -> str:
-    first, third = ratio.quartiles
-    return f"{ratio.medians:.2f} ({first:.2f}–{third:.2f})"
+def _check_folder(arguments: argparse.Namespace) -> None:
+    if arguments.json and not arguments.json.parent.is_dir():
+        arguments.parser.error(f"argument --json: no folder {arguments.json.parent}")
 
 
 def _positive(text: str) -> int:
@@ -271,6 +251,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     info = commands.add_parser("info", help="versions, and which implementations can serve here")
     info.set_defaults(run=_info)
+
+    check = commands.add_parser(
+        "selftest",
+        help="check and time every implementation here; prints a report for an issue",
+        description=selftest.__doc__,
+    )
+    check.set_defaults(run=_selftest, parser=check)
+    check.add_argument("--quick", action="store_true", help="check only, time nothing")
+    check.add_argument("--json", type=Path, metavar="FILE", help="also write everything to FILE")
 
     measure = commands.add_parser(
         "bench",
