@@ -20,6 +20,7 @@ import numpy as np
 
 import jax_fused_lora
 from jax_fused_lora import forms
+from jax_fused_lora.implementations import available_on
 
 OPS = ("lora_forward", "lora_linear")
 DIRECTIONS = ("forward", "forward+backward")
@@ -178,14 +179,24 @@ class Row:
     error: float
 
 
-def route(case: Case) -> str:
-    """The forms that the library chooses for a case on this platform, "" without native code."""
-    if jax.default_backend() not in forms.PLATFORMS:
+def route(case: Case, implementation: str | None = None) -> str:
+    """The library and forms that serve a case on this platform, "" without native code."""
+    if jax.default_backend() != "cpu":
         return ""
-    chosen = [forms.forward_form(case.rows, case.dtype, has_kernel=case.has_kernel)]
+    library = implementation or forms.best_library(
+        available_on("cpu"),
+        *(case.rows, case.in_features, case.out_features, case.rank),
+        has_kernel=case.has_kernel,
+    )
+    if library is None or library == "xla":
+        return ""
+    chosen = [forms.forward_form(library, case.rows, case.dtype, has_kernel=case.has_kernel)]
     if case.backward:
-        chosen.append(forms.backward_form(case.rows, case.dtype, has_kernel=case.has_kernel))
-    return " / ".join(chosen)
+        chosen.append(
+            forms.backward_form(library, case.rows, case.dtype, has_kernel=case.has_kernel)
+        )
+    named = " / ".join(chosen)
+    return named if library == "cpu" else f"{library}: {named}"
 
 
 def table_cases() -> Iterator[Case]:
@@ -250,7 +261,7 @@ def measure(case: Case, *, seconds: float = 2.0, implementation: str | None = No
     ours = medians["ours"]
     return Row(
         case=case,
-        form=route(case),
+        form=route(case, implementation),
         layers=case.layers,
         rounds=len(calls["ours"]),
         ours_us=ours,

@@ -1,9 +1,9 @@
 """The two custom calls as JAX primitives: result shapes, lowering, batching rule.
 
 `lora_forward_p` and `lora_backward_p` stand for the mathematics on any platform. What becomes of
-them is decided when they are lowered, where the platform is known at last: on a platform with a
-native library the rule in `forms` picks a form and the FFI call is made; elsewhere the definition
-is compiled. A partitioning rule belongs between the two: in `_native_forward` and
+them is decided when they are lowered, where the platform is known at last: on a platform with
+native libraries the rule in `forms` picks one and its form and the FFI call is made; elsewhere the
+definition is compiled. A partitioning rule belongs between the two: in `_native_forward` and
 `_native_backward`, around the FFI call.
 """
 
@@ -19,7 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from jax_fused_lora import forms, reference
-from jax_fused_lora.implementations import implementations, load
+from jax_fused_lora.implementations import available_on, implementations, load
 
 lora_forward_p = Primitive("lora_forward")
 lora_backward_p = Primitive("lora_backward")
@@ -97,26 +97,30 @@ def _native_forward(
     lora_a: jax.Array,
     lora_b: jax.Array,
     *rest: jax.Array,
-    library: str,
+    platform: str,
     scaling: float,
     implementation: str | None,
 ) -> Any:
     (m, k), (r, n) = x.shape, lora_b.shape
-    form = forms.forward_form(m, x.dtype, has_kernel=bool(rest))
-    if form == "xla" and implementation is None:
-        return reference.forward(x, lora_a, lora_b, *rest, scaling=scaling)
+    library = _library(platform, implementation, m, k, n, r, has_kernel=bool(rest))
+    form = forms.forward_form(library, m, x.dtype, has_kernel=bool(rest)) if library else "xla"
+    if library is None or (form == "xla" and implementation is None):
+        return _reference_forward(
+            x, lora_a, lora_b, *rest, scaling=scaling, implementation=implementation
+        )
     if form == "base" and rest:
         rest = (_base(x, rest[0], 0), *rest[1:])
     elif form == "xla":  # native code was asked for by name
         form = "kernel" if rest else "delta"
     in_place = form == "base" and x.dtype == jnp.float32
-    slices = _product_slices(m, k, n, x.dtype.itemsize) if form == "kernel" else 0
+    on_cpu = library == "cpu"  # Metal's sums need no room of their own
+    slices = _product_slices(m, k, n, x.dtype.itemsize) if on_cpu and form == "kernel" else 0
     y, h, _ = jax.ffi.ffi_call(
         load(library).targets["lora_forward"],
         (
             jax.ShapeDtypeStruct((m, n), x.dtype),
             jax.ShapeDtypeStruct((m, r), jnp.float32),
-            _workspace(r * (k + _padded(n)) + n + slices * m * n),
+            _workspace(r * (k + _padded(n)) + n + slices * m * n if on_cpu else 0),
         ),
         input_output_aliases={3: 0} if in_place else None,
     )(x, lora_a, lora_b, *rest,
@@ -131,31 +135,46 @@ def _native_backward(
     lora_b: jax.Array,
     h: jax.Array,
     *rest: jax.Array,
-    library: str,
+    platform: str,
     scaling: float,
     grads: str,
     implementation: str | None,
 ) -> Any:
     (m, k), (r, n) = x.shape, lora_b.shape
-    form = forms.backward_form(m, x.dtype, has_kernel=bool(rest))
-    if form == "xla" and implementation is None:
-        return reference.backward(g, x, lora_a, lora_b, h, *rest, scaling=scaling, grads=grads)
+    library = _library(platform, implementation, m, k, n, r, has_kernel=bool(rest))
+    form = forms.backward_form(library, m, x.dtype, has_kernel=bool(rest)) if library else "xla"
+    if library is None or (form == "xla" and implementation is None):
+        return _reference_backward(
+            g, x, lora_a, lora_b, h, *rest,
+            scaling=scaling, grads=grads, implementation=implementation,
+        )  # fmt: skip
     if form == "base" and rest:
         rest = (_base(g, rest[0], 1),)
     elif form == "xla":
         form = "kernel" if rest else "delta"
     shapes = {"x": x, "a": lora_a, "b": lora_b}
-    slices = _row_slices(m)
+    on_cpu = library == "cpu"  # on Metal t is all there is to keep
+    slices = _row_slices(m) if on_cpu else 1
     results = jax.ffi.ffi_call(
         load(library).targets["lora_backward"],
         (
             *(jax.ShapeDtypeStruct(shapes[w].shape, shapes[w].dtype) for w in grads),
-            _workspace(r * (m + _padded(k) + n + slices * (k + n))),
+            _workspace(r * (m + _padded(k) + n + slices * (k + n)) if on_cpu else r * m),
         ),
         input_output_aliases={5: 0} if form == "base" and x.dtype == jnp.float32 else None,
     )(g, x, lora_a, lora_b, h, *rest,
       scaling=np.float32(scaling), form=form, grads=grads, slices=np.int64(slices))  # fmt: skip
     return results[:-1]
+
+
+def _library(
+    platform: str, implementation: str | None, m: int, k: int, n: int, r: int, *, has_kernel: bool
+) -> str | None:
+    """The native library that takes a call on a platform, None where the definition does."""
+    available = available_on(platform)
+    if implementation is not None:
+        return implementation if implementation in available else None
+    return forms.best_library(available, m, k, n, r, has_kernel=has_kernel)
 
 
 def _base(rows: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
@@ -200,12 +219,12 @@ def _row_slices(m: int) -> int:
 def _register(primitive: Primitive, fallback: Callable[..., Any], native: Callable[..., Any]):
     primitive.def_impl(lambda *args, **params: jax.jit(partial(primitive.bind, **params))(*args))
     mlir.register_lowering(primitive, mlir.lower_fun(fallback, multiple_results=True))
-    for library in ("cpu",):
-        if load(library).implementation.available:
+    for platform in ("cpu",):
+        if available_on(platform):
             mlir.register_lowering(
                 primitive,
-                mlir.lower_fun(partial(native, library=library), multiple_results=True),
-                platform=library,
+                mlir.lower_fun(partial(native, platform=platform), multiple_results=True),
+                platform=platform,
             )
 
 

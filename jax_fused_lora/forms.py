@@ -1,4 +1,6 @@
-"""Which form of a native call serves a shape best: the one place of that rule, by measurement.
+"""Which native library and which form of its call serve a shape best: the one place of that rule.
+
+On JAX's CPU platform a Mac has two libraries, "cpu" and "metal": see `best_library`.
 
 The forms of a call that has a kernel W:
 
@@ -6,11 +8,11 @@ The forms of a call that has a kernel W:
 * "base": XLA computes x·W in float32 and the call adds the low-rank part, in place where it can;
 * "xla": no native code, the definition as XLA compiles it.
 
-A call without W, "delta", is always native.
+A call without W, "delta", is always native. On Metal the first form is the only one.
 
-The limits below were measured with `benchmarks/forms.py`, jax 0.10.2, layers 512 to 2048 wide, on
-two-core x86-64 servers: an Intel one with AVX-512 and AMX, an AMD one (Zen 3) with AVX2. Where the
-two disagree a limit lies between them and costs either less than a tenth there.
+The limits of the CPU's forms were measured with `benchmarks/forms.py`, jax 0.10.2, layers 512 to
+2048 wide, on two-core x86-64 servers: an Intel one with AVX-512 and AMX, an AMD one (Zen 3) with
+AVX2. Where the two disagree a limit lies between them and costs either less than a tenth there.
 
 The limits follow from how XLA multiplies: float32 reaches its speed at some hundred rows; 16-bit
 types are widened, all of W, in every call. But where the CPU has AMX, bfloat16 runs on it from few
@@ -19,13 +21,43 @@ program until they are many enough for the saved sweeps to count.
 """
 
 import functools
+import os
 import pathlib
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-PLATFORMS = ("cpu",)  # those whose rule is here
+METAL_MAX_RANK = 256
+
+# Multiplications from which a call goes to the Apple GPU. A command buffer takes about 150 µs there
+# and back, in which a Mac's CPU does some 3e7 of them; twice that is an estimate on the safe side,
+# never measured: `python -m jax_fused_lora selftest` measures it.
+_METAL_WORK = 1 << 26
+_METAL_VARIABLE = "JAX_FUSED_LORA_METAL"
+
+
+def best_library(
+    available: Collection[str], rows: int, k: int, n: int, rank: int, *, has_kernel: bool
+) -> str | None:
+    """The one of `available`, libraries that serve JAX's CPU platform, for a call; None for XLA.
+
+    The environment variable JAX_FUSED_LORA_METAL decides what Metal gets: "auto" (the default),
+    calls with work enough to pay for a command buffer; "always"; or "never". It is read when a
+    program is compiled.
+
+    Raises:
+        ValueError: the variable has another value.
+    """
+    setting = os.environ.get(_METAL_VARIABLE, "auto")
+    if setting not in ("auto", "always", "never"):
+        raise ValueError(f"{_METAL_VARIABLE} is {setting!r}, needed 'auto', 'always' or 'never'")
+    work = rows * ((k * n if has_kernel else 0) + rank * (k + n))
+    wanted = setting == "always" or (setting == "auto" and work >= _METAL_WORK)
+    if "metal" in available and wanted and rank <= METAL_MAX_RANK:
+        return "metal"
+    return "cpu" if "cpu" in available else None
 
 
 class _Limits(NamedTuple):
@@ -47,14 +79,14 @@ _BACKWARD = {
 }
 
 
-def forward_form(rows: int, dtype: jax.typing.DTypeLike, *, has_kernel: bool) -> str:
-    """The form of `lora_forward` on the CPU."""
-    return _form(rows, _FORWARD[_kind(dtype)]) if has_kernel else "delta"
+def forward_form(library: str, rows: int, dtype: jax.typing.DTypeLike, *, has_kernel: bool) -> str:
+    """The form of `lora_forward`."""
+    return _form(library, rows, _FORWARD[_kind(dtype)]) if has_kernel else "delta"
 
 
-def backward_form(rows: int, dtype: jax.typing.DTypeLike, *, has_kernel: bool) -> str:
-    """The form of `lora_backward` on the CPU."""
-    return _form(rows, _BACKWARD[_kind(dtype)]) if has_kernel else "delta"
+def backward_form(library: str, rows: int, dtype: jax.typing.DTypeLike, *, has_kernel: bool) -> str:
+    """The form of `lora_backward`."""
+    return _form(library, rows, _BACKWARD[_kind(dtype)]) if has_kernel else "delta"
 
 
 def widens_base(dtype: jax.typing.DTypeLike) -> bool:
@@ -66,8 +98,8 @@ def widens_base(dtype: jax.typing.DTypeLike) -> bool:
     return not _kind(dtype).endswith("AMX")
 
 
-def _form(rows: int, limits: _Limits) -> str:
-    if rows <= limits.kernel:
+def _form(library: str, rows: int, limits: _Limits) -> str:
+    if library == "metal" or rows <= limits.kernel:
         return "kernel"
     return "base" if rows >= limits.base else "xla"
 

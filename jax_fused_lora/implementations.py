@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import importlib
 import pathlib
+import platform
 import re
+import sys
 from typing import Any
 
 import jax
@@ -25,6 +27,16 @@ class Implementation:
     reason: str
 
 
+_XLA_REASON = (
+    "the same mathematics in jax.numpy, compiled by XLA; also what platforms that take no custom "
+    "call get, as METAL (jax-metal) and mps (jax-mps) do"
+)
+
+# The JAX platform that each native library serves. An Apple GPU shares the CPU's memory, and the
+# JAX platforms made for it take no custom call: its way into JAX is the CPU platform.
+_SERVES = {"cpu": "cpu", "metal": "cpu"}
+
+
 def implementations() -> dict[str, Implementation]:
     """All implementations by name, the missing ones too.
 
@@ -34,9 +46,9 @@ def implementations() -> dict[str, Implementation]:
     """
     return {
         "cpu": load("cpu").implementation,
-        "metal": Implementation(False, "cpu", "this version has no Metal backend yet"),
+        "metal": load("metal").implementation,
         "cuda": Implementation(False, "cuda", "this version has no CUDA backend yet"),
-        "xla": Implementation(True, "any", "the same mathematics in jax.numpy, compiled by XLA"),
+        "xla": Implementation(True, "any", _XLA_REASON),
     }
 
 
@@ -58,6 +70,12 @@ def load(name: str) -> Library:
     try:
         module: Any = importlib.import_module(module_name)
     except ImportError as error:
+        if name == "metal" and (sys.platform, platform.machine()) != ("darwin", "arm64"):
+            return _missing(
+                name,
+                "an Apple GPU is in Macs with Apple silicon, and this machine is "
+                f"{platform.system()} on {platform.machine()}",
+            )
         return _missing(
             name,
             f"the native library {module_name} cannot be loaded ({error}); it is built by "
@@ -77,11 +95,24 @@ def load(name: str) -> Library:
             + "reinstall jax_fused_lora with `pip install --no-cache-dir` against a jaxlib no "
             "newer than this one",
         )
-    targets = {}
+    try:
+        runs = module.runs()
+    except RuntimeError as error:  # the hardware is not there
+        return _missing(name, str(error))
+    serves, targets = _SERVES[name], {}
     for call, capsule in module.registrations().items():
         targets[call] = f"jax_fused_lora.{name}.{call}"
-        jax.ffi.register_ffi_target(targets[call], capsule, platform=name)
-    return Library(Implementation(True, name, f"native code on {module.runs()}"), targets)
+        jax.ffi.register_ffi_target(targets[call], capsule, platform=serves)
+    return Library(Implementation(True, serves, f"native code on {runs}"), targets)
+
+
+def available_on(serves: str) -> tuple[str, ...]:
+    """The native libraries that serve a JAX platform here."""
+    return tuple(
+        name
+        for name, served in _SERVES.items()
+        if served == serves and load(name).implementation.available
+    )
 
 
 def running_ffi_api_version() -> tuple[int, int] | None:
@@ -96,4 +127,4 @@ def running_ffi_api_version() -> tuple[int, int] | None:
 
 
 def _missing(name: str, reason: str) -> Library:
-    return Library(Implementation(False, name, reason), {})
+    return Library(Implementation(False, _SERVES.get(name, name), reason), {})

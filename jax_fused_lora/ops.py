@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jax_fused_lora import custom_calls, reference
+from jax_fused_lora import custom_calls, forms, reference
 from jax_fused_lora.implementations import implementations
 
 _NATIVE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -101,7 +101,7 @@ def _lora(
     _check_shapes(operands)
     _check_dtypes(operands)
     scaling = _check_scaling(scaling)
-    _check_implementation(implementation, operands["x"].dtype)
+    _check_implementation(implementation, operands["x"].dtype, operands["lora_a"].shape[1])
 
     x, lora_a, lora_b = operands["x"], operands["lora_a"], operands["lora_b"]
     kernel, bias = operands.get("kernel"), operands.get("bias")
@@ -259,7 +259,7 @@ def _check_scaling(scaling: Any) -> float | jax.Array:
     return scaling
 
 
-def _check_implementation(implementation: str | None, dtype: Any) -> None:
+def _check_implementation(implementation: str | None, dtype: Any, rank: int) -> None:
     if implementation is None:
         return
     known = implementations()
@@ -274,4 +274,9 @@ def _check_implementation(implementation: str | None, dtype: Any) -> None:
         raise ValueError(
             f"implementation={implementation!r} serves float32, bfloat16 and float16, x is "
             f"{dtype}; pass implementation=None or 'xla'"
+        )
+    if implementation == "metal" and rank > forms.METAL_MAX_RANK:
+        raise ValueError(
+            f"implementation='metal' serves ranks up to {forms.METAL_MAX_RANK}, lora_a has {rank}; "
+            "pass implementation=None or 'cpu'"
         )

@@ -273,6 +273,38 @@ inline ffi::Error ReadBackward(ffi::AnyBuffer g, ffi::AnyBuffer x, ffi::AnyBuffe
   return check.error();
 }
 
+// The operands, results and attributes above, bound after whatever `context` a backend asks for.
+template <class Context>
+auto BindForward(Context context) {
+  return std::move(context)
+      .template Arg<ffi::AnyBuffer>()  // x
+      .template Arg<ffi::AnyBuffer>()  // lora_a
+      .template Arg<ffi::AnyBuffer>()  // lora_b
+      .RemainingArgs()                 // kernel or base [, bias]
+      .template Ret<ffi::AnyBuffer>()  // y
+      .template Ret<ffi::AnyBuffer>()  // h
+      .template Ret<ffi::AnyBuffer>()  // workspace
+      .template Attr<float>("scaling")
+      .template Attr<std::string_view>("form")
+      .template Attr<int64_t>("slices");
+}
+
+template <class Context>
+auto BindBackward(Context context) {
+  return std::move(context)
+      .template Arg<ffi::AnyBuffer>()  // g
+      .template Arg<ffi::AnyBuffer>()  // x
+      .template Arg<ffi::AnyBuffer>()  // lora_a
+      .template Arg<ffi::AnyBuffer>()  // lora_b
+      .template Arg<ffi::AnyBuffer>()  // h
+      .RemainingArgs()                 // kernel or base
+      .RemainingRets()                 // [dx,] [da,] [db,] workspace
+      .template Attr<float>("scaling")
+      .template Attr<std::string_view>("form")
+      .template Attr<std::string_view>("grads")
+      .template Attr<int64_t>("slices");
+}
+
 }  // namespace jax_fused_lora
 
 #endif  // JAX_FUSED_LORA_NATIVE_CALLS_H_

@@ -1,14 +1,71 @@
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from jax_fused_lora import implementations
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS), str(TESTS / "metal_emulator")]  # oracle.py and emulator.py
 
-sys.path.insert(0, str(Path(__file__).parent))  # oracle.py, for every test file
+import emulator  # noqa: E402
+
+# The Metal backend runs emulated where the emulator can be built: on Linux, with the packages that
+# `make test` installs. It must be loaded before the package looks for it.
+if sys.platform == "linux":
+    try:
+        emulator.load(emulator.build())
+        NO_EMULATOR = ""
+    except emulator.CannotBuild as error:
+        if os.environ.get("CI"):
+            raise
+        NO_EMULATOR = str(error)
+else:
+    NO_EMULATOR = "the emulator is for Linux"
+# Emulated, Metal is slow: it takes what it is named for, not what a rule sends it.
+os.environ.setdefault("JAX_FUSED_LORA_METAL", "never")
+
+from jax_fused_lora import implementations  # noqa: E402
+
+SEEDS = (1, 2, 3)  # orders of the emulated GPU's threads
+AVAILABLE = [name for name, each in implementations().items() if each.available]
+NATIVE = [name for name in AVAILABLE if name != "xla"]
 
 
-@pytest.fixture(params=[name for name, each in implementations().items() if each.available])
+def pytest_report_header():
+    return f"Metal is not tested: {NO_EMULATOR}" if NO_EMULATOR else "Metal runs emulated"
+
+
+def _with_seeds(names):
+    emulated = "metal" in names and not NO_EMULATOR
+    return [
+        pytest.param((name, seed), id=f"{name}-{seed}" if seed else name)
+        for name in names
+        for seed in (SEEDS if emulated and name == "metal" else (0,))
+    ]
+
+
+def _use(param):
+    name, seed = param
+    if seed:
+        emulator.seed(seed)
+    return name
+
+
+@pytest.fixture(scope="session", params=_with_seeds(AVAILABLE))
 def implementation(request):
-    """Each available implementation in turn."""
-    return request.param
+    """Each available implementation in turn; an emulated GPU in several orders of its threads."""
+    return _use(request.param)
+
+
+@pytest.fixture(scope="session", params=_with_seeds(NATIVE))
+def native(request):
+    """As `implementation`, without "xla"."""
+    return _use(request.param)
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    """The emulator, for tests of what only it can see."""
+    if NO_EMULATOR:
+        pytest.skip(NO_EMULATOR)
+    return emulator

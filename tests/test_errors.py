@@ -181,6 +181,18 @@ def test_float64_is_not_for_the_native_call():
         assert lora_linear(**given).dtype == jnp.float64
 
 
+def test_ranks_that_metal_does_not_serve():
+    if not load("metal").implementation.available:
+        pytest.skip(load("metal").implementation.reason)
+    given = good() | {"lora_a": array(5, 300), "lora_b": array(300, 7)}
+    with pytest.raises(ValueError, match="'metal' serves ranks up to 256, lora_a has 300"):
+        lora_linear(**given, implementation="metal")
+    check_refused(
+        "metal", "lora_forward", "the rank is 300, needed at most 256",
+        {"lora_a": given["lora_a"], "lora_b": given["lora_b"]}, results={1: ((3, 300), F32)},
+    )  # fmt: skip
+
+
 # ---- The native calls.
 
 FORWARD = {
@@ -206,14 +218,20 @@ ORDER = {
 }
 
 
-def native(call, change=None, results=None, **attributes):
-    """Makes a direct call of the CPU target; None drops an operand or attribute."""
+@pytest.fixture(params=[name for name in ("cpu", "metal", "cuda") if load(name).targets])
+def native(request):
+    """Each native library, in whatever order its threads run."""
+    return request.param
+
+
+def call_native(library, call, change=None, results=None, **attributes):
+    """Makes a direct call of a target; None drops an operand or attribute."""
     usual = {"lora_forward": FORWARD, "lora_backward": BACKWARD}[call]
     operands = usual["operands"] | (change or {})
     types = [jax.ShapeDtypeStruct(*result) for result in {**dict(enumerate(usual["results"])),
              **(results or {})}.values() if result]  # fmt: skip
     attributes = usual["attributes"] | attributes
-    foreign = jax.ffi.ffi_call(load("cpu").targets[call], types)
+    foreign = jax.ffi.ffi_call(load(library).targets[call], types)
     return jax.block_until_ready(
         jax.jit(foreign, static_argnames=tuple(attributes))(
             *(operands[name] for name in ORDER[call] if operands.get(name) is not None),
@@ -222,13 +240,13 @@ def native(call, change=None, results=None, **attributes):
     )
 
 
-def check_refused(call, text, *args, **kwargs):
+def check_refused(library, call, text, *args, **kwargs):
     with pytest.raises(jax.errors.JaxRuntimeError, match=re.escape(text)):
-        native(call, *args, **kwargs)
+        call_native(library, call, *args, **kwargs)
     # The process lives and the target still works.
     given = good()
     expected = oracle.truth(given, np.ones((3, 7)), 1.0)["y"]
-    oracle.check("y", native("lora_forward")[0], expected, "float32")
+    oracle.check("y", call_native(library, "lora_forward")[0], expected, "float32")
 
 
 @pytest.mark.parametrize(
@@ -250,12 +268,12 @@ def check_refused(call, text, *args, **kwargs):
     ],
 )
 @pytest.mark.parametrize("call", ["lora_forward", "lora_backward"])
-def test_native_operands(call, operand, text):
+def test_native_operands(native, call, operand, text):
     # In the backward call a wrong row of x or B shows at the cotangent, which is checked first.
     given = dict(operand)
     if call == "lora_backward" and "lora_b" not in given and given.get("x", array()).dtype == F16:
         given["g"] = array(3, 7, dtype=F16)
-    check_refused(call, f"{call}: {text}", given)
+    check_refused(native, call, f"{call}: {text}", given)
 
 
 @pytest.mark.parametrize(
@@ -273,30 +291,32 @@ def test_native_operands(call, operand, text):
         ("lora_backward", {"kernel": None}, "got 0 operands after g, x, lora_a, lora_b, h"),
     ],
 )
-def test_native_operands_of_one_call(call, operand, text):
-    check_refused(call, f"{call}: {text}", operand)
+def test_native_operands_of_one_call(native, call, operand, text):
+    check_refused(native, call, f"{call}: {text}", operand)
 
 
 @pytest.mark.parametrize("call", ["lora_forward", "lora_backward"])
-def test_native_base_is_float32_of_the_product(call):
+def test_native_base_is_float32_of_the_product(native, call):
     """x·W (forward, 3×7) or g·Wᵀ (backward, 3×5), already computed: float32, whatever x is."""
     shape = {"lora_forward": (3, 7), "lora_backward": (3, 5)}[call]
     change = {"kernel": None, "bias": None}
     needed = ", ".join(map(str, shape))
     check_refused(
-        call, f"base has shape (3, 9), needed ({needed})", change | {"base": array(3, 9)},
+        native, call, f"base has shape (3, 9), needed ({needed})", change | {"base": array(3, 9)},
         form="base",
     )  # fmt: skip
-    check_refused(
-        call, "base is float16, needed float32", change | {"base": array(*shape, dtype=F16)},
-        form="base",
-    )  # fmt: skip
-    native(call, change | {"base": array(*shape)}, form="base")
+    half = change | {"base": array(*shape, dtype=F16)}
+    check_refused(native, call, "base is float16, needed float32", half, form="base")
+    right = change | {"base": array(*shape)}
+    if native == "metal":
+        check_refused(native, call, "form is 'base', needed 'delta' or", right, form="base")
+    else:
+        call_native(native, call, right, form="base")
 
 
-def test_native_operands_too_few_to_be_told_apart():
+def test_native_operands_too_few_to_be_told_apart(native):
     change = {"lora_b": None, "kernel": None, "bias": None}
-    check_refused("lora_forward", "Wrong number of arguments", change)
+    check_refused(native, "lora_forward", "Wrong number of arguments", change)
 
 
 @pytest.mark.parametrize(
@@ -308,38 +328,55 @@ def test_native_operands_too_few_to_be_told_apart():
         ("lora_forward", {1: ((3, 2), F16)}, "h is float16, needed float32"),
         ("lora_forward", {2: ((1, 1024), F32)}, "workspace has shape (1, 1024), needed (1024)"),
         ("lora_forward", {2: ((1024,), F16)}, "workspace is float16, needed float32"),
-        ("lora_forward", {2: ((20,), F32)}, "workspace has 20 floats, needed 21"),
         ("lora_forward", {2: None}, "Wrong number of results"),
         ("lora_backward", {0: ((3, 6), F32)}, "dx has shape (3, 6), needed (3, 5)"),
         ("lora_backward", {1: ((5, 2), F16)}, "da is float16, needed float32"),
         ("lora_backward", {2: ((7, 2), F32)}, "db has shape (7, 2), needed (2, 7)"),
         ("lora_backward", {3: ((1024,), F16)}, "workspace is float16, needed float32"),
-        # Aᵀ, t, dA and dB: 10 + 6 + 10 + 14 floats.
-        ("lora_backward", {3: ((157,), F32)}, "workspace has 157 floats, needed 158"),
         ("lora_backward", {2: None}, "got 3 results, needed 4"),
         ("lora_backward", {4: ((1,), F32)}, "got 5 results, needed 4"),
     ],
 )
-def test_native_results(call, results, text):
-    check_refused(call, text, results=results)
+def test_native_results(native, call, results, text):
+    check_refused(native, call, text, results=results)
+
+
+@pytest.mark.parametrize(
+    ("library", "call", "needed"),
+    [
+        ("cpu", "lora_forward", 21),
+        ("cpu", "lora_backward", 158),  # Aᵀ, t, dA and dB
+        ("metal", "lora_backward", 6),  # t
+    ],
+)
+def test_native_workspace(library, call, needed):
+    if not load(library).implementation.available:
+        pytest.skip(load(library).implementation.reason)
+    last = len({"lora_forward": FORWARD, "lora_backward": BACKWARD}[call]["results"]) - 1
+    text = f"{call}: workspace has {needed - 1} floats, needed {needed}"
+    check_refused(library, call, text, results={last: ((needed - 1,), F32)})
 
 
 @pytest.mark.parametrize("call", ["lora_forward", "lora_backward"])
-def test_native_attributes(call):
+def test_native_attributes(native, call):
     text = "form is 'other', needed 'delta', 'kernel' or 'base'"
-    check_refused(call, f"{call}: {text}", form="other")
-    check_refused(call, f"{call}: slices is 0, needed 1 to ", slices=np.int64(0))
-    check_refused(call, f"{call}: slices is -3, needed 1 to ", slices=np.int64(-3))
+    check_refused(native, call, f"{call}: {text}", form="other")
+    check_refused(native, call, f"{call}: slices is 0, needed 1 to ", slices=np.int64(0))
+    check_refused(native, call, f"{call}: slices is -3, needed 1 to ", slices=np.int64(-3))
     # So many that the size of their sums wraps around to nothing.
-    check_refused(call, f"{call}: slices is {1 << 60}, needed 1 to ", slices=np.int64(1 << 60))
-    check_refused(call, f"{call}: got ", form="delta")  # with operands that it has no use for
+    check_refused(
+        native, call, f"{call}: slices is {1 << 60}, needed 1 to ", slices=np.int64(1 << 60)
+    )
+    check_refused(
+        native, call, f"{call}: got ", form="delta"
+    )  # with operands that it has no use for
     # XLA decodes attributes before the call sees them.
-    check_refused(call, "expected S64 but got S32", slices=np.int32(1))
-    check_refused(call, "expected F32 but got F64", scaling=np.float64(1))
-    check_refused(call, "Wrong number of attributes", slices=None)
+    check_refused(native, call, "expected S64 but got S32", slices=np.int32(1))
+    check_refused(native, call, "expected F32 but got F64", scaling=np.float64(1))
+    check_refused(native, call, "Wrong number of attributes", slices=None)
 
 
 @pytest.mark.parametrize("grads", ["ax", "xx", "xyz", "X", "xabb"])
-def test_native_grads_are_letters_in_order(grads):
+def test_native_grads_are_letters_in_order(native, grads):
     text = f"lora_backward: grads is '{grads}', needed letters of 'xab' in this order"
-    check_refused("lora_backward", text, grads=grads)
+    check_refused(native, "lora_backward", text, grads=grads)

@@ -93,9 +93,9 @@ def test_shapes(implementation, shape, kernel, dtype):
     dtype=st.sampled_from(oracle.DTYPES),
     seed=st.integers(0, 100),
 )
-def test_any_shape(rows, k, n, rank, kernel, dtype, seed):
+def test_any_shape(native, rows, k, n, rank, kernel, dtype, seed):
     operands = oracle.operands((rows,), k, n, rank, dtype, kernel=kernel, bias=kernel, seed=seed)
-    check_everything(operands, 2.0, "cpu", dtype)
+    check_everything(operands, 2.0, native, dtype)
 
 
 @pytest.mark.parametrize("rows", [(), (3,), (2, 3), (2, 1, 3)], ids=str)
@@ -131,7 +131,7 @@ def test_transposed_and_sliced_operands(implementation):
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
 @pytest.mark.parametrize("kernel", [True, False], ids=["linear", "forward"])
 @pytest.mark.parametrize("rows", [3, 40, 200])
-def test_results_overwrite_poisoned_buffers(rows, kernel, dtype):
+def test_results_overwrite_poisoned_buffers(native, rows, kernel, dtype):
     """Results are written into donated buffers of NaN: an entry left out shows.
 
     XLA may place a result elsewhere; the addresses are compared, so that the test cannot pass
@@ -144,7 +144,7 @@ def test_results_overwrite_poisoned_buffers(rows, kernel, dtype):
     addresses = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(poison)}
 
     def run(poison, wanted, rest, g):
-        y, vjp = jax.vjp(lambda w: apply({**w, **rest}, 2.0, "cpu"), wanted)
+        y, vjp = jax.vjp(lambda w: apply({**w, **rest}, 2.0, native), wanted)
         return {"y": y, **vjp(g)[0]}
 
     rest = {name: v for name, v in operands.items() if name not in wanted}
@@ -190,29 +190,29 @@ def test_integer_scaling_is_static(implementation):
     assert bool(jnp.all(chex_equal))
 
 
-def test_special_values_spread_as_in_the_definition():
+def test_special_values_spread_as_in_the_definition(native):
     """An infinity or NaN in one row of x reaches that row of y and no other."""
     for dtype in oracle.DTYPES:
         for rows in (3, 70):
             operands = oracle.operands((rows,), 33, 47, 5, dtype, bias=False)
             operands["x"] = operands["x"].at[1, 7].set(jnp.nan)
-            y = np.asarray(apply(operands, 1.0, "cpu"), np.float32)
+            y = np.asarray(apply(operands, 1.0, native), np.float32)
             assert np.isnan(y[1]).all()
             assert np.isfinite(np.delete(y, 1, 0)).all()
 
 
-def test_float16_overflows_to_infinity_and_keeps_subnormals():
+def test_float16_overflows_to_infinity_and_keeps_subnormals(native):
     x = jnp.asarray([[60000.0], [2.0**-24]], jnp.float16)
     one = jnp.ones((1, 1), jnp.float16)
-    y = lora_forward(x, one, one, scaling=2.0, implementation="cpu")
+    y = lora_forward(x, one, one, scaling=2.0, implementation=native)
     assert y[0, 0] == jnp.inf
     assert y[1, 0] == 2.0**-23
 
 
-def test_results_do_not_depend_on_the_run():
+def test_results_do_not_depend_on_the_run(native):
     """Threads take blocks in any order; sums are taken in one."""
     operands = oracle.operands((300,), 200, 210, 16, "float32")
-    run = jax.jit(jax.grad(lambda o: (apply(o, 1.0, "cpu") ** 2).sum()))
+    run = jax.jit(jax.grad(lambda o: (apply(o, 1.0, native) ** 2).sum()))
     first = run(operands)
     for _ in range(20):
         again = run(operands)

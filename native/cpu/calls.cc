@@ -330,33 +330,9 @@ ffi::Error LoraBackward(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer x
 }
 
 XLA_FFI_DEFINE_HANDLER(kForward, LoraForward,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<ffi::AnyBuffer>()  // x
-                           .Arg<ffi::AnyBuffer>()  // lora_a
-                           .Arg<ffi::AnyBuffer>()  // lora_b
-                           .RemainingArgs()        // kernel or base [, bias]
-                           .Ret<ffi::AnyBuffer>()  // y
-                           .Ret<ffi::AnyBuffer>()  // h
-                           .Ret<ffi::AnyBuffer>()  // workspace
-                           .Attr<float>("scaling")
-                           .Attr<std::string_view>("form")
-                           .Attr<int64_t>("slices"));
-
+                       BindForward(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 XLA_FFI_DEFINE_HANDLER(kBackward, LoraBackward,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<ffi::AnyBuffer>()  // g
-                           .Arg<ffi::AnyBuffer>()  // x
-                           .Arg<ffi::AnyBuffer>()  // lora_a
-                           .Arg<ffi::AnyBuffer>()  // lora_b
-                           .Arg<ffi::AnyBuffer>()  // h
-                           .RemainingArgs()        // kernel or base
-                           .RemainingRets()        // [dx,] [da,] [db,] workspace
-                           .Attr<float>("scaling")
-                           .Attr<std::string_view>("form")
-                           .Attr<std::string_view>("grads")
-                           .Attr<int64_t>("slices"));
+                       BindBackward(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 
 }  // namespace
 
