@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard native/*.* native/*/* shaders/*)
-CXX_FILES := $(foreach folder,native native/* tests/metal_emulator tests/metal_emulator/Metal \
-  tests/metal_on_cuda,$(wildcard $(foreach kind,h cc mm cu,$(folder)/*.$(kind))))
+CXX_FILES := $(foreach folder,native native/* shaders tests/metal_emulator \
+  tests/metal_emulator/Metal tests/metal_on_cuda,\
+  $(wildcard $(foreach kind,h cc mm metal,$(folder)/*.$(kind))))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test bench selftest lint format sanitize clean

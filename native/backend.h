@@ -13,6 +13,7 @@ struct Backend {
   std::string runs;  // what the kernels run on, for a person to read
 };
 
+// Throws std::runtime_error, saying why, where this machine has nothing that the kernels run on.
 Backend ThisBackend();
 
 }  // namespace jax_fused_lora

@@ -16,9 +16,9 @@ constant constexpr uint kOutStride = 36;
 // tile has 64 rows, the right one 64 columns, or 64 rows where it is transposed.
 template <uint kDepth, class E, class Left, class Right>
 inline void multiply_step(thread simdgroup_float8x8 (&sums)[4][4], threadgroup float* left_tile,
-                 threadgroup float* right_tile, Left left, uint left_row, uint left_rows,
-                 Right right, uint right_column, uint right_columns, uint begin, uint depth,
-                 uint row, uint column, uint index) {
+                          threadgroup float* right_tile, Left left, uint left_row, uint left_rows,
+                          Right right, uint right_column, uint right_columns, uint begin,
+                          uint depth, uint row, uint column, uint index) {
   constexpr uint kPad = 16 / sizeof(E);
   constexpr uint kLeftStride = kDepth + kPad;
   const uint right_stride = (transposed ? kDepth : kTile) + kPad;
@@ -54,14 +54,10 @@ inline void multiply_step(thread simdgroup_float8x8 (&sums)[4][4], threadgroup f
   }
 }
 
-kernel void gemm_expand(constant Sizes& s [[buffer(0)]],
-                        device const T* x [[buffer(1)]],
-                        device const T* w [[buffer(2)]],
-                        device const T* bias [[buffer(3)]],
-                        device const float* h [[buffer(4)]],
-                        device const char* b [[buffer(5)]],
-                        device T* y [[buffer(6)]],
-                        uint2 group [[threadgroup_position_in_grid]],
+kernel void gemm_expand(constant Sizes& s [[buffer(0)]], device const T* x [[buffer(1)]],
+                        device const T* w [[buffer(2)]], device const T* bias [[buffer(3)]],
+                        device const float* h [[buffer(4)]], device const char* b [[buffer(5)]],
+                        device T* y [[buffer(6)]], uint2 group [[threadgroup_position_in_grid]],
                         uint index [[thread_index_in_threadgroup]],
                         uint simd_index [[simdgroup_index_in_threadgroup]],
                         uint lane [[thread_index_in_simdgroup]]) {
@@ -79,14 +75,14 @@ kernel void gemm_expand(constant Sizes& s [[buffer(0)]],
     for (uint j = 0; j < 4; ++j) sums[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   }
   for (uint begin = 0; begin < s.in; begin += kStep) {
-    multiply_step<kStep, T>(sums, left_tile, right_tile, x, group_row, s.rows, w, group_column, s.out,
-                   begin, s.in, row, column, index);
+    multiply_step<kStep, T>(sums, left_tile, right_tile, x, group_row, s.rows, w, group_column,
+                            s.out, begin, s.in, row, column, index);
   }
   const Scaled scaled_h = {h, s.expand_scaling};
   const Factor factor = {b, wide_expand};
   for (uint begin = 0; begin < s.rank; begin += kRankStep) {
-    multiply_step<kRankStep, float>(sums, left_tile, right_tile, scaled_h, group_row, s.rows, factor,
-                           group_column, s.out, begin, s.rank, row, column, index);
+    multiply_step<kRankStep, float>(sums, left_tile, right_tile, scaled_h, group_row, s.rows,
+                                    factor, group_column, s.out, begin, s.rank, row, column, index);
   }
 
   // Out through threadgroup memory, 8 rows at a time and each simdgroup by itself, since which

@@ -10,8 +10,8 @@
 
 template <uint kParts>
 inline void low_rank(constant Sizes& s, device const T* x, Factor a, Factor b, device float* h,
-                    device T* y, threadgroup float* h_tile, threadgroup float* left_tile,
-                    threadgroup float* right_tile, uint group, uint index, uint simd_index) {
+                     device T* y, threadgroup float* h_tile, threadgroup float* left_tile,
+                     threadgroup float* right_tile, uint group, uint index, uint simd_index) {
   constexpr uint kGroupRows = kThinRows / kParts;
   constexpr uint kBlocks = 8 / kParts;  // column blocks of a simdgroup
   const uint row = group * kGroupRows;
@@ -83,12 +83,9 @@ inline void low_rank(constant Sizes& s, device const T* x, Factor a, Factor b, d
   }
 }
 
-kernel void lora_forward(constant Sizes& s [[buffer(0)]],
-                         device const T* x [[buffer(1)]],
-                         device const char* a [[buffer(2)]],
-                         device const char* b [[buffer(3)]],
-                         device float* h [[buffer(4)]],
-                         device T* y [[buffer(5)]],
+kernel void lora_forward(constant Sizes& s [[buffer(0)]], device const T* x [[buffer(1)]],
+                         device const char* a [[buffer(2)]], device const char* b [[buffer(3)]],
+                         device float* h [[buffer(4)]], device T* y [[buffer(5)]],
                          threadgroup float* h_tile [[threadgroup(0)]],
                          uint2 group [[threadgroup_position_in_grid]],
                          uint index [[thread_index_in_threadgroup]],
@@ -99,9 +96,9 @@ kernel void lora_forward(constant Sizes& s [[buffer(0)]],
   const Factor expand_factor = {b, wide_expand};
   if (rank_blocks <= 16) {
     low_rank<1>(s, x, shrink_factor, expand_factor, h, y, h_tile, left_tile, right_tile, group.x,
-               index, simd_index);
+                index, simd_index);
   } else {
     low_rank<2>(s, x, shrink_factor, expand_factor, h, y, h_tile, left_tile, right_tile, group.x,
-               index, simd_index);
+                index, simd_index);
   }
 }

@@ -8,10 +8,8 @@
 // summed over threadgroups: a temporary many times t's size, or atomic additions in any order.
 #pragma once
 
-kernel void grad(constant Sizes& s [[buffer(0)]],
-                 device const T* x [[buffer(1)]],
-                 device const float* t [[buffer(2)]],
-                 device char* gradient [[buffer(3)]],
+kernel void grad(constant Sizes& s [[buffer(0)]], device const T* x [[buffer(1)]],
+                 device const float* t [[buffer(2)]], device char* gradient [[buffer(3)]],
                  uint2 group [[threadgroup_position_in_grid]],
                  uint index [[thread_index_in_threadgroup]],
                  uint simd_index [[simdgroup_index_in_threadgroup]]) {
@@ -31,8 +29,8 @@ kernel void grad(constant Sizes& s [[buffer(0)]],
       const uint c = transposed ? i / kThinRows : i % kThinColumns;
       const uint column = chunk * kThinColumns + c;
       if (row + r >= s.in || column >= s.rank) continue;
-      const ulong at = transposed ? ulong(column) * s.in + row + r
-                                  : ulong(row + r) * s.rank + column;
+      const ulong at =
+          transposed ? ulong(column) * s.in + row + r : ulong(row + r) * s.rank + column;
       const float value = s.shrink_scaling * right_tile[r * kColumnStride + c];
       if (wide_shrink) {
         reinterpret_cast<device float*>(gradient)[at] = value;

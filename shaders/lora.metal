@@ -8,6 +8,7 @@
 //   t = s·g·Bᵀ  is a shrink,  dx = g·Wᵀ + t·Aᵀ  an expand,  dA = xᵀ·t and dB = s·hᵀ·g  the third.
 //
 // What each call dispatches is in native/metal/plan.cc.
+// clang-format off: each of these needs those before it
 #include <metal_stdlib>
 #include <metal_simdgroup_matrix>
 

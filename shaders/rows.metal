@@ -5,16 +5,14 @@
 constant constexpr uint kFewRows = 8;
 constant constexpr uint kRowThreads = 256;
 constant constexpr uint kSimdgroups = kRowThreads / kLanes;
-constant constexpr uint kRowRanks = 8;      // ranks of a threadgroup of shrink_rows
-constant constexpr uint kRowColumns = 64;   // columns of a threadgroup of expand_rows
-constant constexpr uint kLaneColumns = 4;   // columns of a simdgroup where W is read transposed
+constant constexpr uint kRowRanks = 8;     // ranks of a threadgroup of shrink_rows
+constant constexpr uint kRowColumns = 64;  // columns of a threadgroup of expand_rows
+constant constexpr uint kLaneColumns = 4;  // columns of a simdgroup where W is read transposed
 
 // One row of h = s·x·A, 8 ranks a threadgroup: every thread sums its share of the depth, simd_sum
 // adds those of a simdgroup. Device memory: A once a row, x once for every 8 ranks.
-kernel void shrink_rows(constant Sizes& s [[buffer(0)]],
-                        device const T* x [[buffer(1)]],
-                        device const char* a [[buffer(2)]],
-                        device float* h [[buffer(3)]],
+kernel void shrink_rows(constant Sizes& s [[buffer(0)]], device const T* x [[buffer(1)]],
+                        device const char* a [[buffer(2)]], device float* h [[buffer(3)]],
                         uint2 group [[threadgroup_position_in_grid]],
                         uint index [[thread_index_in_threadgroup]],
                         uint simd_index [[simdgroup_index_in_threadgroup]],
@@ -49,9 +47,9 @@ kernel void shrink_rows(constant Sizes& s [[buffer(0)]],
 // W as it lies: a lane has two columns, a simdgroup every eighth of the depth; s·h·B is so much
 // more depth. Device memory: W, B and y once, x and h once a threadgroup.
 inline void expand_straight(constant Sizes& s, device const T* x, device const T* w,
-                            device const T* bias, device const float* h, Factor factor,
-                            device T* y, threadgroup float* partial, uint group, uint index,
-                            uint simd_index, uint lane) {
+                            device const T* bias, device const float* h, Factor factor, device T* y,
+                            threadgroup float* partial, uint group, uint index, uint simd_index,
+                            uint lane) {
   const uint column = group * kRowColumns + lane;
   const bool inside[2] = {column < s.out, column + kLanes < s.out};
   float sums[kFewRows][2] = {{0.0f}};
@@ -94,12 +92,12 @@ inline void expand_straight(constant Sizes& s, device const T* x, device const T
   }
 }
 
-// W transposed, for dx = g·Wᵀ + t·Aᵀ: a column of Wᵀ lies in a row, which the lanes of a simdgroup
-// share and simd_sum brings together. Device memory: W, A and dx once, g and t once for every 4
-// columns, which the caches serve.
+// W transposed, for dx = g·Wᵀ + t·Aᵀ, which has no bias: a column of Wᵀ lies in a row, which the
+// lanes of a simdgroup share and simd_sum brings together. Device memory: W, A and dx once, g and t
+// once for every 4 columns, which the caches serve.
 inline void expand_transposed(constant Sizes& s, device const T* x, device const T* w,
-                              device const T* bias, device const float* h, Factor factor,
-                              device T* y, uint group, uint simd_index, uint lane) {
+                              device const float* h, Factor factor, device T* y, uint group,
+                              uint simd_index, uint lane) {
   const uint column = (group * kSimdgroups + simd_index) * kLaneColumns;
   float sums[kFewRows][kLaneColumns] = {{0.0f}};
   for (uint i = lane; i < s.in; i += kLanes) {
@@ -134,29 +132,22 @@ inline void expand_transposed(constant Sizes& s, device const T* x, device const
 #pragma unroll
     for (uint c = 0; c < kLaneColumns; ++c) {
       const float sum = simd_sum(sums[m][c]);
-      if (lane == 0 && column + c < s.out) {
-        const float value = sum + (has_bias ? float(bias[column + c]) : 0.0f);
-        y[ulong(m) * s.out + column + c] = T(value);
-      }
+      if (lane == 0 && column + c < s.out) y[ulong(m) * s.out + column + c] = T(sum);
     }
   }
 }
 
-kernel void expand_rows(constant Sizes& s [[buffer(0)]],
-                        device const T* x [[buffer(1)]],
-                        device const T* w [[buffer(2)]],
-                        device const T* bias [[buffer(3)]],
-                        device const float* h [[buffer(4)]],
-                        device const char* b [[buffer(5)]],
-                        device T* y [[buffer(6)]],
-                        uint2 group [[threadgroup_position_in_grid]],
+kernel void expand_rows(constant Sizes& s [[buffer(0)]], device const T* x [[buffer(1)]],
+                        device const T* w [[buffer(2)]], device const T* bias [[buffer(3)]],
+                        device const float* h [[buffer(4)]], device const char* b [[buffer(5)]],
+                        device T* y [[buffer(6)]], uint2 group [[threadgroup_position_in_grid]],
                         uint index [[thread_index_in_threadgroup]],
                         uint simd_index [[simdgroup_index_in_threadgroup]],
                         uint lane [[thread_index_in_simdgroup]]) {
   threadgroup float partial[kSimdgroups * kFewRows * kRowColumns];
   const Factor factor = {b, wide_expand};
   if (transposed) {
-    expand_transposed(s, x, w, bias, h, factor, y, group.x, simd_index, lane);
+    expand_transposed(s, x, w, h, factor, y, group.x, simd_index, lane);
   } else {
     expand_straight(s, x, w, bias, h, factor, y, partial, group.x, index, simd_index, lane);
   }

@@ -4,10 +4,8 @@
 // 32 rows, which the caches serve.
 #pragma once
 
-kernel void shrink(constant Sizes& s [[buffer(0)]],
-                   device const T* x [[buffer(1)]],
-                   device const char* a [[buffer(2)]],
-                   device float* h [[buffer(3)]],
+kernel void shrink(constant Sizes& s [[buffer(0)]], device const T* x [[buffer(1)]],
+                   device const char* a [[buffer(2)]], device float* h [[buffer(3)]],
                    uint2 group [[threadgroup_position_in_grid]],
                    uint index [[thread_index_in_threadgroup]],
                    uint simd_index [[simdgroup_index_in_threadgroup]]) {

@@ -19,7 +19,8 @@ constant constexpr uint kColumnStride = kThinColumns + 4;
 constant constexpr uint kLeftTile = kThinRows * kDepthStride;
 constant constexpr uint kRightTile = kThinColumns * kDepthStride;  // ≥ kThinDepth · kColumnStride
 
-// The block sums of one simdgroup: at [c·8/kParts + j] those of column block c·8 + part·8/kParts + j.
+// The block sums of one simdgroup: at [chunk · 8/kParts + j] those of the column block that
+// thin_block says.
 using ThinSums = simdgroup_float8x8[kMaxRank / 8];
 
 template <uint kParts>
@@ -44,9 +45,11 @@ inline void thin_product(thread ThinSums& sums, Left left, Right right, bool rig
       if (chunk * 8 >= rank_blocks) break;
       threadgroup_barrier(mem_flags::mem_threadgroup);  // the tiles of the step before are read
       if (chunk == 0 && kLeftTransposed) {
-        stage<kThinDepth, kGroupRows, kDepthStride>(left_tile, left, begin, depth, row, rows, index);
+        stage<kThinDepth, kGroupRows, kDepthStride>(left_tile, left, begin, depth, row, rows,
+                                                    index);
       } else if (chunk == 0) {
-        stage<kGroupRows, kThinDepth, kDepthStride>(left_tile, left, row, rows, begin, depth, index);
+        stage<kGroupRows, kThinDepth, kDepthStride>(left_tile, left, row, rows, begin, depth,
+                                                    index);
       }
       const uint column = chunk * kThinColumns;
       if (right_transposed) {
@@ -59,7 +62,8 @@ inline void thin_product(thread ThinSums& sums, Left left, Right right, bool rig
       threadgroup_barrier(mem_flags::mem_threadgroup);  // the tiles are whole
       const uint right_stride = right_transposed ? kDepthStride : kColumnStride;
       for (uint d = 0; d < kThinDepth; d += 8) {
-        const simdgroup_float8x8 l = tile_block(left_tile, kDepthStride, own_row, d, kLeftTransposed);
+        const simdgroup_float8x8 l =
+            tile_block(left_tile, kDepthStride, own_row, d, kLeftTransposed);
 #pragma unroll
         for (uint j = 0; j < 8 / kParts; ++j) {
           const uint at = thin_block<kParts>(chunk, j, simd_index);
@@ -74,7 +78,8 @@ inline void thin_product(thread ThinSums& sums, Left left, Right right, bool rig
   }
 }
 
-// Lays 64 columns of the result into the right tile, whose stride is then kColumnStride (kParts = 1).
+// Lays 64 columns of the result into the right tile, whose stride is then kColumnStride. For
+// kParts = 1.
 inline void thin_collect(thread ThinSums& sums, uint chunk, threadgroup float* right_tile,
                          uint simd_index) {
   threadgroup_barrier(mem_flags::mem_threadgroup);  // the tile is read

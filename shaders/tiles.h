@@ -1,14 +1,14 @@
 // What all kernels share: flags, element access, blocks of matrices in threadgroup memory.
 #pragma once
 
-constant bool transposed [[function_constant(0)]];    // W and the factors are read transposed
-constant bool wide_shrink [[function_constant(1)]];   // the shrink's factor is float32, not T
-constant bool wide_expand [[function_constant(2)]];   // the expand's factor is float32, not T
+constant bool transposed [[function_constant(0)]];   // W and the factors are read transposed
+constant bool wide_shrink [[function_constant(1)]];  // the shrink's factor is float32, not T
+constant bool wide_expand [[function_constant(2)]];  // the expand's factor is float32, not T
 constant bool has_bias [[function_constant(3)]];
-constant uint rank_blocks [[function_constant(4)]];   // the rank in blocks of 8, rounded up
+constant uint rank_blocks [[function_constant(4)]];  // the rank in blocks of 8, rounded up
 
-constant constexpr uint kLanes = 32;      // threads of a simdgroup, on every Apple GPU
-constant constexpr uint kThreads = 128;   // of a threadgroup, but for the row kernels
+constant constexpr uint kLanes = 32;     // threads of a simdgroup, on every Apple GPU
+constant constexpr uint kThreads = 128;  // of a threadgroup, but for the row kernels
 constant constexpr uint kMaxRank = 256;
 
 // A or B: float32 where a traced scaling was folded into B, else T.
@@ -50,7 +50,7 @@ inline void stage(threadgroup E* tile, Source source, uint row, uint rows, uint 
 // The 8×8 block at (row, column) of a tile, or of the tile's transpose.
 template <class E>
 inline simdgroup_matrix<E, 8, 8> tile_block(threadgroup const E* tile, uint stride, uint row,
-                                       uint column, bool of_transpose) {
+                                            uint column, bool of_transpose) {
   simdgroup_matrix<E, 8, 8> result;
   if (of_transpose) {
     simdgroup_load(result, tile + column * stride + row, stride, ulong2(0), true);

@@ -2,10 +2,14 @@
 silently. Its values and gradients are held to the reference by the shared suite.
 """
 
+import os
 import re
 import resource
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -243,6 +247,42 @@ def test_a_command_buffer_that_fails_is_an_error_in_metals_words(emulated, monke
         call(operands).block_until_ready()
     monkeypatch.delenv("METAL_EMULATOR_FAIL")
     assert bool((call(operands) == right).all())  # and the next call works
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("METAL_EMULATOR_NO_DEVICE", "1", "this machine has no Metal device"),
+        ("METAL_EMULATOR_SOURCE", "nonsense;", "the shaders do not compile: "),
+    ],
+)
+def test_a_machine_that_cannot_run_it_says_why_and_goes_on(
+    emulated, tmp_path, variable, value, reason
+):
+    if variable == "METAL_EMULATOR_SOURCE":
+        (tmp_path / "shaders.metal").write_text(value)
+        value = str(tmp_path / "shaders.metal")
+    code = f"""
+import emulator
+emulator.load(emulator.BUILD / emulator.LIBRARY)
+import jax, jax.numpy as jnp
+from jax_fused_lora import implementations, lora_linear
+metal = implementations()["metal"]
+assert not metal.available
+assert {reason!r} in metal.reason, metal.reason
+call = jax.jit(lora_linear).lower(*(jnp.ones(s) for s in [(3, 4), (4, 5), (4, 2), (2, 5)]))
+assert "jax_fused_lora.cpu.lora_forward" in call.as_text()
+print("goes on")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ
+        | {"JAX_FUSED_LORA_METAL": "always", "PYTHONPATH": str(Path(emulated.__file__).parent)}
+        | {variable: value},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.stdout == "goes on\n", done.stdout + done.stderr
 
 
 # ---- The choice between Metal and the C++ kernels.

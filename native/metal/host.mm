@@ -33,6 +33,8 @@ const char kShaderSource[] =
 #include "shader_source.inc"
     ;
 
+constexpr char kNoDevice[] = "this machine has no Metal device";
+
 // Owns one reference to an Objective-C object.
 template <class T>
 class Held {
@@ -87,6 +89,14 @@ class Gpu {
 
   id<MTLDevice> device() const { return device_.get(); }
   id<MTLCommandQueue> queue() const { return queue_.get(); }
+
+  // Whether the shaders compile here, as they do not before macOS 14; empty, or why not.
+  std::string Check() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::string error;
+    Library(ffi::DataType::F32, &error);
+    return error;
+  }
 
   // The pipeline of a dispatch, or nil with the reason in `error`.
   id<MTLComputePipelineState> Pipeline(const Dispatch& dispatch, ffi::DataType dtype,
@@ -227,7 +237,7 @@ struct Pending {
 // Commits the plan's dispatches in one command buffer. Empty, or why it could not.
 std::string Commit(const Plan& plan, ffi::DataType dtype, std::unique_ptr<Pending> pending) {
   Gpu* const gpu = Gpu::Instance();
-  if (gpu == nullptr) return "this machine has no Metal device";
+  if (gpu == nullptr) return kNoDevice;
   std::string error;
   std::array<id<MTLComputePipelineState>, std::tuple_size<decltype(plan.dispatches)>::value>
       pipelines = {};
@@ -338,9 +348,13 @@ XLA_FFI_DEFINE_HANDLER(kBackward, LoraBackward, BindBackward(ffi::Ffi::Bind()));
 }  // namespace
 
 Backend ThisBackend() {
-  Gpu* const gpu = Gpu::Instance();
-  if (gpu == nullptr) throw std::runtime_error("this machine has no Metal device");
   @autoreleasepool {
+    Gpu* const gpu = Gpu::Instance();
+    if (gpu == nullptr) throw std::runtime_error(kNoDevice);
+    // Compiled when the library is loaded, so that a machine where it fails has another backend
+    // take its calls; float32's is the one most calls need anyway.
+    const std::string error = gpu->Check();
+    if (!error.empty()) throw std::runtime_error(error);
     return {reinterpret_cast<void*>(kForward), reinterpret_cast<void*>(kBackward),
             [[gpu->device() name] UTF8String]};
   }

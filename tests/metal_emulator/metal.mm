@@ -7,6 +7,7 @@
 //
 // Environment:
 //   METAL_EMULATOR_NO_WRAP  if set, newBufferWithBytesNoCopy returns nil, as Metal may
+//   METAL_EMULATOR_NO_DEVICE  if set, there is no device, as in a virtual machine
 //   METAL_EMULATOR_FAIL     every command buffer fails, with this text as its error's description
 //   METAL_EMULATOR_SOURCE   a file compiled in place of any source: a shader with a planted error
 
@@ -657,4 +658,6 @@ class Gpu {
 }
 @end
 
-id<MTLDevice> MTLCreateSystemDefaultDevice(void) { return [[EmulatedDevice alloc] init]; }
+id<MTLDevice> MTLCreateSystemDefaultDevice(void) {
+  return std::getenv("METAL_EMULATOR_NO_DEVICE") ? nil : [[EmulatedDevice alloc] init];
+}

@@ -20,15 +20,16 @@ from jax_fused_lora import lora_forward, lora_linear  # noqa: E402
 
 # Rows, in, out, rank: every kernel, several steps and threadgroups of each, more than one chunk of
 # ranks, and sums that two simdgroups share.
-CASES = [(70, 75, 90, 20), (5, 75, 90, 10), (70, 40, 30, 75), (35, 40, 70, 140)]
+SHAPES = [(70, 75, 90, 20), (5, 75, 90, 10), (70, 40, 30, 75), (35, 40, 70, 140)]
+CASES = [(*shape, "float32") for shape in SHAPES] + [(*SHAPES[0], "bfloat16")]
 
 
 def main() -> None:
     for case in CASES:
         for kernel in (True, False):
-            rows, k, n, rank = case
-            operands = oracle.operands((rows,), k, n, rank, "float32", kernel=kernel, bias=kernel)
-            g = oracle.operands((rows,), n, 1, 1, "float32", seed=1)["x"]
+            rows, k, n, rank, dtype = case
+            operands = oracle.operands((rows,), k, n, rank, dtype, kernel=kernel, bias=kernel)
+            g = oracle.operands((rows,), n, 1, 1, dtype, seed=1)["x"]
 
             def op(operands):
                 call = lora_linear if "kernel" in operands else lora_forward
@@ -36,9 +37,9 @@ def main() -> None:
 
             y, vjp = jax.vjp(op, operands)
             expected = oracle.truth(operands, g, 0.5)
-            oracle.check("y", y, expected["y"], "float32")
+            oracle.check("y", y, expected["y"], dtype)
             for name, gradient in vjp(g)[0].items():
-                oracle.check(name, gradient, expected[name], "float32")
+                oracle.check(name, gradient, expected[name], dtype)
 
 
 if __name__ == "__main__":
