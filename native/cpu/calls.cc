@@ -329,8 +329,7 @@ ffi::Error LoraBackward(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer x
   return ffi::Error::Success();
 }
 
-XLA_FFI_DEFINE_HANDLER(kForward, LoraForward,
-                       BindForward(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+XLA_FFI_DEFINE_HANDLER(kForward, LoraForward, BindForward(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 XLA_FFI_DEFINE_HANDLER(kBackward, LoraBackward,
                        BindBackward(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 
