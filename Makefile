@@ -35,7 +35,7 @@ $(VENV)/demo: $(VENV)/package examples/requirements.txt
 $(VENV)/emulator:
 	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then apt-get update -qq && \
 	apt-get install -qqy clang-16 gobjc++ libblocksruntime-dev libboost-context-dev \
-	libgnustep-base-dev; fi
+	libclang-rt-16-dev libgnustep-base-dev; fi
 	mkdir -p $(VENV) && touch $@
 
 $(VENV)/test: $(VENV)/demo $(VENV)/emulator tests/requirements.txt

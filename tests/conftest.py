@@ -11,7 +11,11 @@ import emulator  # noqa: E402
 
 # The Metal backend runs emulated where the emulator can be built: on Linux, with the packages that
 # `make test` installs. It must be loaded before the package looks for it.
-if sys.platform == "linux":
+if sys.platform != "linux":
+    NO_EMULATOR = "the emulator is for Linux"
+elif os.environ.get("METAL_EMULATOR_LIBRARY") == "none":
+    NO_EMULATOR = "METAL_EMULATOR_LIBRARY is none"
+else:
     try:
         emulator.load(emulator.build())
         NO_EMULATOR = ""
@@ -19,8 +23,6 @@ if sys.platform == "linux":
         if os.environ.get("CI"):
             raise
         NO_EMULATOR = str(error)
-else:
-    NO_EMULATOR = "the emulator is for Linux"
 # Emulated, Metal is slow: it takes what it is named for, not what a rule sends it.
 os.environ.setdefault("JAX_FUSED_LORA_METAL", "never")
 
