@@ -1,6 +1,8 @@
 // Runs compute kernels of the Metal Shading Language on the CPU, as a GPU would and less kindly.
 //
-// The Objective-C objects of metal.mm stand on this; nothing here knows Objective-C.
+// The Objective-C objects of metal.mm stand on this; nothing here knows Objective-C. compiler.cc
+// makes a library of a shader, machine.cc runs its kernels, with the threads of scheduler.cc in the
+// memory of gpu_memory.cc, and counters.cc counts.
 #ifndef METAL_EMULATOR_RUNTIME_H_
 #define METAL_EMULATOR_RUNTIME_H_
 
@@ -57,16 +59,6 @@ class Library {
 std::shared_ptr<Library> Compile(const std::string& source,
                                  const std::map<std::string, std::string>& macros,
                                  std::string* error);
-
-// What has happened since the last reset, by the name of a binding.
-struct Counters {
-  struct Traffic {
-    uint64_t read = 0, written = 0;  // bytes
-  };
-  uint64_t command_buffers = 0, dispatches = 0;
-  std::map<std::string, Traffic> traffic;
-  std::map<std::string, std::map<std::string, Traffic>> kernel_traffic;  // kernel, then binding
-};
 
 // For the objects of metal.mm.
 void CountCommandBuffer();
