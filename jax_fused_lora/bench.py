@@ -20,7 +20,7 @@ import numpy as np
 
 import jax_fused_lora
 from jax_fused_lora import forms
-from jax_fused_lora.implementations import available_on
+from jax_fused_lora.implementations import available_on, load
 
 OPS = ("lora_forward", "lora_linear")
 DIRECTIONS = ("forward", "forward+backward")
@@ -181,22 +181,21 @@ class Row:
 
 def route(case: Case, implementation: str | None = None) -> str:
     """The library and forms that serve a case on this platform, "" without native code."""
-    if jax.default_backend() != "cpu":
-        return ""
-    library = implementation or forms.best_library(
-        available_on("cpu"),
-        *(case.rows, case.in_features, case.out_features, case.rank),
+    problem = forms.Problem(
+        *(case.rows, case.in_features, case.out_features, case.rank, case.dtype),
         has_kernel=case.has_kernel,
     )
+    platform = jax.default_backend()
+    available = available_on({"gpu": "cuda"}.get(platform, platform))
+    library = implementation or forms.best_library(available, problem)
     if library is None or library == "xla":
         return ""
-    chosen = [forms.forward_form(library, case.rows, case.dtype, has_kernel=case.has_kernel)]
+    product = load(library).product
+    chosen = [forms.forward_form(library, problem, product=product)]
     if case.backward:
-        chosen.append(
-            forms.backward_form(library, case.rows, case.dtype, has_kernel=case.has_kernel)
-        )
+        chosen.append(forms.backward_form(library, problem, product=product))
     named = " / ".join(chosen)
-    return named if library == "cpu" else f"{library}: {named}"
+    return named if library == available[0] else f"{library}: {named}"
 
 
 def table_cases() -> Iterator[Case]:

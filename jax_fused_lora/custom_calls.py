@@ -102,14 +102,16 @@ def _native_forward(
     implementation: str | None,
 ) -> Any:
     (m, k), (r, n) = x.shape, lora_b.shape
-    library = _library(platform, implementation, m, k, n, r, has_kernel=bool(rest))
-    form = forms.forward_form(library, m, x.dtype, has_kernel=bool(rest)) if library else "xla"
+    problem = _problem(x, lora_b, rest)
+    library = _library(platform, implementation, problem)
+    product = library is not None and load(library).product
+    form = forms.forward_form(library, problem, product=product) if library else "xla"
     if library is None or (form == "xla" and implementation is None):
         return _reference_forward(
             x, lora_a, lora_b, *rest, scaling=scaling, implementation=implementation
         )
     if form == "base" and rest:
-        rest = (_base(x, rest[0], 0), *rest[1:])
+        rest = (_base(library, x, rest[0], 0), *rest[1:])
     elif form == "xla":  # native code was asked for by name
         form = "kernel" if rest else "delta"
     in_place = form == "base" and x.dtype == jnp.float32
@@ -141,15 +143,17 @@ def _native_backward(
     implementation: str | None,
 ) -> Any:
     (m, k), (r, n) = x.shape, lora_b.shape
-    library = _library(platform, implementation, m, k, n, r, has_kernel=bool(rest))
-    form = forms.backward_form(library, m, x.dtype, has_kernel=bool(rest)) if library else "xla"
+    problem = _problem(x, lora_b, rest)
+    library = _library(platform, implementation, problem)
+    product = library is not None and load(library).product
+    form = forms.backward_form(library, problem, product=product) if library else "xla"
     if library is None or (form == "xla" and implementation is None):
         return _reference_backward(
             g, x, lora_a, lora_b, h, *rest,
             scaling=scaling, grads=grads, implementation=implementation,
         )  # fmt: skip
     if form == "base" and rest:
-        rest = (_base(g, rest[0], 1),)
+        rest = (_base(library, g, rest[0], 1),)
     elif form == "xla":
         form = "kernel" if rest else "delta"
     shapes = {"x": x, "a": lora_a, "b": lora_b}
@@ -167,19 +171,23 @@ def _native_backward(
     return results[:-1]
 
 
-def _library(
-    platform: str, implementation: str | None, m: int, k: int, n: int, r: int, *, has_kernel: bool
-) -> str | None:
+def _problem(x: jax.Array, lora_b: jax.Array, rest: Sequence[jax.Array]) -> forms.Problem:
+    (m, k), (r, n) = x.shape, lora_b.shape
+    wide_b = lora_b.dtype != x.dtype
+    return forms.Problem(m, k, n, r, x.dtype.name, has_kernel=bool(rest), wide_b=wide_b)
+
+
+def _library(platform: str, implementation: str | None, problem: forms.Problem) -> str | None:
     """The native library that takes a call on a platform, None where the definition does."""
     available = available_on(platform)
     if implementation is not None:
         return implementation if implementation in available else None
-    return forms.best_library(available, m, k, n, r, has_kernel=has_kernel)
+    return forms.best_library(available, problem)
 
 
-def _base(rows: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
+def _base(library: str, rows: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
     """x·W (axis 0) or g·Wᵀ (axis 1) in float32, by XLA."""
-    if forms.widens_base(rows.dtype):
+    if forms.widens_base(library, rows.dtype):
         rows, kernel = rows.astype(jnp.float32), kernel.astype(jnp.float32)
     return reference.contract(rows, kernel, 1, axis)
 
@@ -219,7 +227,7 @@ def _row_slices(m: int) -> int:
 def _register(primitive: Primitive, fallback: Callable[..., Any], native: Callable[..., Any]):
     primitive.def_impl(lambda *args, **params: jax.jit(partial(primitive.bind, **params))(*args))
     mlir.register_lowering(primitive, mlir.lower_fun(fallback, multiple_results=True))
-    for platform in ("cpu",):
+    for platform in ("cpu", "cuda"):
         if available_on(platform):
             mlir.register_lowering(
                 primitive,

@@ -1,6 +1,7 @@
 """Which native library and which form of its call serve a shape best: the one place of that rule.
 
-On JAX's CPU platform a Mac has two libraries, "cpu" and "metal": see `best_library`.
+A platform may have two libraries, as JAX's CPU platform on a Mac has "cpu" and "metal": see
+`best_library`.
 
 The forms of a call that has a kernel W:
 
@@ -8,7 +9,8 @@ The forms of a call that has a kernel W:
 * "base": XLA computes x·W in float32 and the call adds the low-rank part, in place where it can;
 * "xla": no native code, the definition as XLA compiles it.
 
-A call without W, "delta", is always native. On Metal the first form is the only one.
+A call without W, "delta", is always native. On Metal "kernel" is the only form with W; on CUDA it
+is the one for few rows, and for any number where the library has a product of its own.
 
 The limits of the CPU's forms were measured with `benchmarks/forms.py`, jax 0.10.2, layers 512 to
 2048 wide, on two-core x86-64 servers: an Intel one with AVX-512 and AMX, an AMD one (Zen 3) with
@@ -29,7 +31,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-METAL_MAX_RANK = 256
+MAX_RANK = {"metal": 256, "cuda": 256}  # of the libraries that have one
 
 # Multiplications from which a call goes to the Apple GPU. A command buffer takes about 150 µs there
 # and back, in which a Mac's CPU does some 3e7 of them; twice that is an estimate on the safe side,
@@ -38,10 +40,30 @@ _METAL_WORK = 1 << 26
 _METAL_VARIABLE = "JAX_FUSED_LORA_METAL"
 
 
-def best_library(
-    available: Collection[str], rows: int, k: int, n: int, rank: int, *, has_kernel: bool
-) -> str | None:
-    """The one of `available`, libraries that serve JAX's CPU platform, for a call; None for XLA.
+class Problem(NamedTuple):
+    """What the rule looks at.
+
+    Attributes:
+        rows: M, all leading axes of x together.
+        k: in_features.
+        n: out_features.
+        rank: of the adapter.
+        dtype: of x, A, W.
+        has_kernel: whether there is a W to multiply.
+        wide_b: whether B is float32 under a 16-bit x, a traced scaling folded into it.
+    """
+
+    rows: int
+    k: int
+    n: int
+    rank: int
+    dtype: str
+    has_kernel: bool
+    wide_b: bool = False
+
+
+def best_library(available: Collection[str], problem: Problem) -> str | None:
+    """The one of `available`, libraries that serve one platform, for a call; None for XLA.
 
     The environment variable JAX_FUSED_LORA_METAL decides what Metal gets: "auto" (the default),
     calls with work enough to pay for a command buffer; "always"; or "never". It is read when a
@@ -53,11 +75,13 @@ def best_library(
     setting = os.environ.get(_METAL_VARIABLE, "auto")
     if setting not in ("auto", "always", "never"):
         raise ValueError(f"{_METAL_VARIABLE} is {setting!r}, needed 'auto', 'always' or 'never'")
-    work = rows * ((k * n if has_kernel else 0) + rank * (k + n))
+    rows, k, n, rank, *_ = problem
+    work = rows * ((k * n if problem.has_kernel else 0) + rank * (k + n))
     wanted = setting == "always" or (setting == "auto" and work >= _METAL_WORK)
-    if "metal" in available and wanted and rank <= METAL_MAX_RANK:
+    serving = [name for name in available if rank <= MAX_RANK.get(name, rank)]
+    if "metal" in serving and wanted:
         return "metal"
-    return "cpu" if "cpu" in available else None
+    return next((name for name in serving if name != "metal"), None)
 
 
 class _Limits(NamedTuple):
@@ -79,29 +103,47 @@ _BACKWARD = {
 }
 
 
-def forward_form(library: str, rows: int, dtype: jax.typing.DTypeLike, *, has_kernel: bool) -> str:
-    """The form of `lora_forward`."""
-    return _form(library, rows, _FORWARD[_kind(dtype)]) if has_kernel else "delta"
+_CUDA_FEW_ROWS = 16  # that one pass over W serves
 
 
-def backward_form(library: str, rows: int, dtype: jax.typing.DTypeLike, *, has_kernel: bool) -> str:
-    """The form of `lora_backward`."""
-    return _form(library, rows, _BACKWARD[_kind(dtype)]) if has_kernel else "delta"
+def forward_form(library: str, problem: Problem, *, product: bool = False) -> str:
+    """The form of `lora_forward`; `product` as in `implementations.Library`."""
+    return _form(library, problem, _FORWARD, product and _tma_takes(problem))
 
 
-def widens_base(dtype: jax.typing.DTypeLike) -> bool:
+def backward_form(library: str, problem: Problem, *, product: bool = False) -> str:
+    """The form of `lora_backward`; `product` as in `implementations.Library`."""
+    # dx = g·Wᵀ + t·Aᵀ reads A as its rows lie, one rank after the other.
+    takes = _tma_takes(problem) and problem.rank % 8 == 0
+    return _form(library, problem, _BACKWARD, product and takes)
+
+
+def _form(library: str, problem: Problem, limits: dict[str, _Limits], product: bool) -> str:
+    if not problem.has_kernel:
+        return "delta"
+    if library == "metal":
+        return "kernel"
+    if library == "cuda":
+        return "kernel" if product or problem.rows <= _CUDA_FEW_ROWS else "base"
+    limit = limits[_kind(problem.dtype)]
+    if problem.rows <= limit.kernel:
+        return "kernel"
+    return "base" if problem.rows >= limit.base else "xla"
+
+
+def _tma_takes(problem: Problem) -> bool:
+    """Whether Hopper's copy engine reads the operands: rows of whole 16 bytes, of 16-bit types."""
+    whole = problem.k % 8 == 0 and problem.n % 8 == 0
+    return whole and problem.dtype != "float32" and not problem.wide_b
+
+
+def widens_base(library: str, dtype: jax.typing.DTypeLike) -> bool:
     """Whether x and W are brought to float32 before XLA multiplies them, in form "base".
 
-    The sums are the same. Asked for float32 sums of bfloat16, XLA without AMX is slower than with
-    float32 operands: 512×1024→1024 on Zen 3, 13.1 ms against 8.5.
+    Not on GPUs. On the CPU the sums are the same, and asked for float32 sums of bfloat16, XLA
+    without AMX is slower than with float32 operands: 512×1024→1024 on Zen 3, 13.1 ms against 8.5.
     """
-    return not _kind(dtype).endswith("AMX")
-
-
-def _form(library: str, rows: int, limits: _Limits) -> str:
-    if library == "metal" or rows <= limits.kernel:
-        return "kernel"
-    return "base" if rows >= limits.base else "xla"
+    return library == "cpu" and not _kind(dtype).endswith("AMX")
 
 
 def _kind(dtype: jax.typing.DTypeLike) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import importlib.util
 import pathlib
 import platform
 import re
@@ -34,7 +35,7 @@ _XLA_REASON = (
 
 # The JAX platform that each native library serves. An Apple GPU shares the CPU's memory, and the
 # JAX platforms made for it take no custom call: its way into JAX is the CPU platform.
-_SERVES = {"cpu": "cpu", "metal": "cpu"}
+_SERVES = {"cpu": "cpu", "metal": "cpu", "cuda": "cuda"}
 
 
 def implementations() -> dict[str, Implementation]:
@@ -47,17 +48,24 @@ def implementations() -> dict[str, Implementation]:
     return {
         "cpu": load("cpu").implementation,
         "metal": load("metal").implementation,
-        "cuda": Implementation(False, "cuda", "this version has no CUDA backend yet"),
+        "cuda": load("cuda").implementation,
         "xla": Implementation(True, "any", _XLA_REASON),
     }
 
 
 @dataclasses.dataclass(frozen=True)
 class Library:
-    """A native library: its custom-call targets, registered with XLA, if it is available."""
+    """A native library: its custom-call targets, registered with XLA, if it is available.
+
+    Attributes:
+        implementation: what the user sees of it.
+        targets: the name that each call is registered under.
+        product: whether it multiplies x·W of many rows itself, where that is a matter of hardware.
+    """
 
     implementation: Implementation
-    targets: dict[str, str]  # call → the name it is registered under
+    targets: dict[str, str]
+    product: bool = False
 
 
 @functools.cache
@@ -75,6 +83,12 @@ def load(name: str) -> Library:
                 name,
                 "an Apple GPU is in Macs with Apple silicon, and this machine is "
                 f"{platform.system()} on {platform.machine()}",
+            )
+        if name == "cuda" and importlib.util.find_spec(module_name) is None:
+            return _missing(
+                name,
+                "this installation was built without it; with CUDA's nvcc at hand: "
+                "pip install . -C cmake.define.JAX_FUSED_LORA_CUDA=ON",
             )
         return _missing(
             name,
@@ -102,8 +116,10 @@ def load(name: str) -> Library:
     serves, targets = _SERVES[name], {}
     for call, capsule in module.registrations().items():
         targets[call] = f"jax_fused_lora.{name}.{call}"
-        jax.ffi.register_ffi_target(targets[call], capsule, platform=serves)
-    return Library(Implementation(True, serves, f"native code on {runs}"), targets)
+        xla_platform = {"cpu": "cpu", "cuda": "CUDA"}[serves]
+        jax.ffi.register_ffi_target(targets[call], capsule, platform=xla_platform)
+    found = Implementation(True, serves, f"native code on {runs}")
+    return Library(found, targets, module.product())
 
 
 def available_on(serves: str) -> tuple[str, ...]:

@@ -275,8 +275,9 @@ def _check_implementation(implementation: str | None, dtype: Any, rank: int) -> 
             f"implementation={implementation!r} serves float32, bfloat16 and float16, x is "
             f"{dtype}; pass implementation=None or 'xla'"
         )
-    if implementation == "metal" and rank > forms.METAL_MAX_RANK:
+    most = forms.MAX_RANK.get(implementation, rank)
+    if rank > most:
         raise ValueError(
-            f"implementation='metal' serves ranks up to {forms.METAL_MAX_RANK}, lora_a has {rank}; "
-            "pass implementation=None or 'cpu'"
+            f"implementation={implementation!r} serves ranks up to {most}, lora_a has {rank}; pass "
+            "implementation=None or 'xla'"
         )

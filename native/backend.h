@@ -8,9 +8,10 @@
 namespace jax_fused_lora {
 
 struct Backend {
-  void* forward;     // XLA_FFI_Handler of lora_forward
-  void* backward;    // XLA_FFI_Handler of lora_backward
-  std::string runs;  // what the kernels run on, for a person to read
+  void* forward;         // XLA_FFI_Handler of lora_forward
+  void* backward;        // XLA_FFI_Handler of lora_backward
+  std::string runs;      // what the kernels run on, for a person to read
+  bool product = false;  // on a GPU: form "kernel" serves any number of rows of the 16-bit types
 };
 
 // Throws std::runtime_error, saying why, where this machine has nothing that the kernels run on.

@@ -21,4 +21,5 @@ NB_MODULE(JAX_FUSED_LORA_MODULE, module) {
   module.def("ffi_api_version",
              [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
   module.def("runs", [] { return jax_fused_lora::ThisBackend().runs; });
+  module.def("product", [] { return jax_fused_lora::ThisBackend().product; });
 }

@@ -329,7 +329,8 @@ def test_the_rule(monkeypatch):
     monkeypatch.setenv("JAX_FUSED_LORA_METAL", "auto")
 
     def best(available, rows, rank=16, has_kernel=True):
-        return forms.best_library(available, rows, 4096, 4096, rank, has_kernel=has_kernel)
+        problem = forms.Problem(rows, 4096, 4096, rank, "float32", has_kernel)
+        return forms.best_library(available, problem)
 
     both = ("cpu", "metal")
     assert best(both, 1) == "cpu"

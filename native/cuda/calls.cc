@@ -1,0 +1,205 @@
+// The two custom calls on NVIDIA GPUs: which kernels a call launches, on which operands, and where
+// in the call's workspace they keep what they need. The stream is XLA's; nothing is allocated, and
+// nobody waits, so XLA may put the launches into a CUDA graph.
+
+#include "native/calls.h"
+
+#include <cuda_runtime_api.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "native/backend.h"
+#include "native/cuda/gemm_sm90.h"
+#include "native/cuda/kernels.h"
+
+namespace jax_fused_lora {
+namespace {
+
+Element ElementOf(ffi::DataType dtype) {
+  switch (dtype) {
+    case ffi::DataType::BF16:
+      return Element::kBfloat16;
+    case ffi::DataType::F16:
+      return Element::kFloat16;
+    default:
+      return Element::kFloat32;
+  }
+}
+
+// Runs a call's launches one after the other up to the first that fails, and hands out parts of
+// its workspace.
+class Launcher {
+ public:
+  Launcher(const char* name, const Call& call, cudaStream_t stream)
+      : name_(name), call_(call), stream_(stream) {
+    if (call.r > kMaxRank) {
+      Fail("the rank is " + std::to_string(call.r) + ", needed at most " +
+           std::to_string(kMaxRank));
+    }
+  }
+
+  bool ok() const { return error_.empty(); }
+  ffi::Error error() const {
+    return ok() ? ffi::Error::Success()
+                : ffi::Error(ffi::ErrorCode::kInvalidArgument,
+                             std::string(name_) + " on CUDA: " + error_);
+  }
+  void Fail(const std::string& what) {
+    if (ok()) error_ = what;
+  }
+
+  // Whole lines of 128 bytes, so that each part begins on one.
+  float* Take(int64_t floats) {
+    used_ += (floats + 31) / 32 * 32;
+    if (used_ > call_.workspace_size) {
+      Fail("workspace has " + std::to_string(call_.workspace_size) + " floats, needed " +
+           std::to_string(used_));
+    }
+    return call_.workspace + (used_ - (floats + 31) / 32 * 32);
+  }
+
+  void Did(const char* kernel, cudaError_t error) {
+    if (error != cudaSuccess) Fail(std::string(kernel) + ": " + cudaGetErrorString(error));
+  }
+
+  // The factors as a pass on plain or on transposed operands reads them.
+  Factor first(bool transposed) const { return transposed ? b(true) : a(false); }
+  Factor second(bool transposed) const { return transposed ? a(true) : b(false); }
+  Sizes sizes(bool transposed) const {
+    return {call_.m, transposed ? call_.n : call_.k, transposed ? call_.k : call_.n, call_.r};
+  }
+  Element element() const { return ElementOf(call_.dtype); }
+
+  // h = shrink_scaling · x·A alone.
+  void Shrink(bool transposed, const void* x, float scaling, float* h) {
+    if (!ok()) return;
+    Did("shrink", LaunchShrink(stream_, element(), sizes(transposed), x, first(transposed), scaling,
+                               h, nullptr, 1.0f));
+  }
+
+  // h, and y = [x·W | base |] + bias + expand_scaling · h·B. Transposed: t and dx.
+  void Layer(bool transposed, const void* x, float shrink_scaling, float expand_scaling,
+             const float* base, const void* bias, float* h, void* y) {
+    const Sizes all = sizes(transposed);
+    if (call_.form != Form::kKernel) {
+      if (!ok()) return;
+      Did("shrink_expand",
+          LaunchShrinkExpand(stream_, element(), all, x, first(transposed), second(transposed),
+                             shrink_scaling, expand_scaling, {base, bias}, h, y));
+    } else if (call_.m <= kFewRows) {
+      float* const scratch = Take(DecodeWorkspace(all));
+      if (!ok()) return;
+      Did("decode", LaunchDecode(stream_, element(), all, x, call_.kernel, transposed, bias,
+                                 first(transposed), second(transposed), shrink_scaling,
+                                 expand_scaling, h, y, scratch));
+    } else {
+      Product(transposed, x, shrink_scaling, expand_scaling, bias, h, y);
+    }
+  }
+
+  void Grad(bool of_b, const void* x, const float* t, float scaling, void* gradient) {
+    const Sizes all = sizes(of_b);
+    float* const scratch = Take(GradWorkspace(all));
+    if (!ok()) return;
+    Did("grad", LaunchGrad(stream_, element(), all, x, t, scaling,
+                           ElementOf(of_b ? call_.b_dtype : call_.dtype), of_b, gradient, scratch));
+  }
+
+ private:
+  Factor a(bool transposed) const { return {call_.a, ElementOf(call_.dtype), transposed}; }
+  Factor b(bool transposed) const { return {call_.b, ElementOf(call_.b_dtype), transposed}; }
+
+  // The layer as one product on Hopper's tensor cores, which starts while the shrink still runs.
+  void Product(bool transposed, const void* x, float shrink_scaling, float expand_scaling,
+               const void* bias, float* h, void* y) {
+    const Sizes all = sizes(transposed);
+    void* const h16 = Take((all.rows * GemmSm90Width(all.rank) + 1) / 2);
+    const Factor b = second(transposed);
+    const Gemm gemm = {element() == Element::kBfloat16,
+                       transposed,
+                       all.rows,
+                       all.in,
+                       all.out,
+                       all.rank,
+                       x,
+                       call_.kernel,
+                       bias,
+                       h16,
+                       b.data,
+                       y};
+    const bool serves =
+        element() != Element::kFloat32 && b.element == element() && GemmSm90Serves(gemm);
+    if (!serves) Fail("form is 'kernel', for more rows than " + std::to_string(kFewRows) +
+                      " or operands that the Hopper product does not take");
+    if (!ok()) return;
+    Did("shrink", LaunchShrink(stream_, element(), all, x, first(transposed), shrink_scaling, h,
+                               h16, expand_scaling));
+    if (ok()) Did("gemm_sm90", GemmSm90(gemm, stream_, /*programmatic_dependent=*/true));
+  }
+
+  const char* name_;
+  const Call& call_;
+  cudaStream_t stream_;
+  int64_t used_ = 0;
+  std::string error_;
+};
+
+ffi::Error LoraForward(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer a, ffi::AnyBuffer b,
+                       ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y,
+                       ffi::Result<ffi::AnyBuffer> h, ffi::Result<ffi::AnyBuffer> workspace,
+                       float scaling, std::string_view form, int64_t slices) {
+  ForwardCall c;
+  ffi::Error error = ReadForward(x, a, b, rest, y, h, workspace, scaling, form, slices, &c);
+  if (error.failure()) return error;
+  Launcher launcher("lora_forward", c, stream);
+  launcher.Layer(false, c.x, 1.0f, c.scaling, c.base, c.bias, c.h, c.y);
+  return launcher.error();
+}
+
+ffi::Error LoraBackward(cudaStream_t stream, ffi::AnyBuffer g, ffi::AnyBuffer x, ffi::AnyBuffer a,
+                        ffi::AnyBuffer b, ffi::AnyBuffer h, ffi::RemainingArgs rest,
+                        ffi::RemainingRets results, float scaling, std::string_view form,
+                        std::string_view grads, int64_t slices) {
+  BackwardCall c;
+  ffi::Error error = ReadBackward(g, x, a, b, h, rest, results, scaling, form, grads, slices, &c);
+  if (error.failure()) return error;
+  Launcher launcher("lora_backward", c, stream);
+  float* const t = c.dx || c.da ? launcher.Take(c.m * c.r) : nullptr;
+  if (c.dx) {
+    launcher.Layer(true, c.g, c.scaling, 1.0f, c.base, nullptr, t, c.dx);
+  } else if (c.da) {
+    launcher.Shrink(true, c.g, c.scaling, t);
+  }
+  if (c.da) launcher.Grad(false, c.x, t, 1.0f, c.da);
+  if (c.db) launcher.Grad(true, c.g, c.h, c.scaling, c.db);
+  return launcher.error();
+}
+
+XLA_FFI_DEFINE_HANDLER(kForward, LoraForward,
+                       BindForward(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()),
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kBackward, LoraBackward,
+                       BindBackward(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace
+
+Backend ThisBackend() {
+  int device = 0;
+  cudaDeviceProp properties;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaGetDeviceProperties(&properties, device);
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("CUDA finds no GPU: ") + cudaGetErrorString(error));
+  }
+  Backend backend = {reinterpret_cast<void*>(kForward), reinterpret_cast<void*>(kBackward),
+                     std::string(properties.name) + ", compute capability " +
+                         std::to_string(properties.major) + "." + std::to_string(properties.minor)};
+#ifdef JAX_FUSED_LORA_SM90
+  backend.product = properties.major == 9 && properties.minor == 0;
+#endif
+  return backend;
+}
+
+}  // namespace jax_fused_lora

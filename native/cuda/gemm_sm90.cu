@@ -1,0 +1,456 @@
+// CUTLASS's warp-specialized Hopper product with the rank as more steps of its own K loop.
+//
+// A persistent block has one warp that fetches tiles of x and W by TMA into a ring of stages, and
+// two warpgroups that multiply them (wgmma). Neither knows where a tile came from. So the low-rank
+// part costs no pass over y: once a tile's ⌈k/64⌉ stages of [x ; W] are on their way, the
+// fetching warp goes on with ⌈r/32⌉ stages of [h16 ; B], and the warpgroups add those into the same
+// registers. A stage has room for 64 steps of K: 32 ranks' hi and lo of h16, side by side, beside
+// one copy of the 32 rows of B, each 16 of which meet both hi and lo. Rank 16 at k = 4096 is two
+// 16-deep wgmma steps on top of 256, 0.8% of the arithmetic, and 1.6% of the fetches.
+//
+// What lies outside a matrix TMA reads as zero: a k that is no multiple of 64, ranks beyond r.
+//
+// Overlapping the shrink. The kernel may be launched as a programmatic dependent of the kernel that
+// writes h16, that is, before that one has finished. The fetching thread waits for it
+// (griddepcontrol.wait) before its first stage of h16. Why nothing else needs to wait:
+//  - Dependents start once every block of the kernel before has started and said
+//    `launch_dependents`, or has ended. That kernel, an ordinary launch itself, did not start
+//    before everything ahead of it in the stream was finished and visible: x, W, B and bias, unless
+//    they come from that very kernel. It must be launched without the attribute, therefore.
+//  - A tile of y is written after its last stage was multiplied, a stage of h16, which was fetched
+//    after the wait. So y may share memory with anything that the kernel before still reads.
+//  - Some block waits, so this kernel ends after the one before it, and what follows in the stream,
+//    launched as usual, follows both. With r = 0 nobody would wait, so r = 0 is launched as usual.
+// A block takes all of a multiprocessor's registers, so it starts where the kernel before has left,
+// or never was. CUTLASS's own waits and triggers stay off (CUTLASS_ENABLE_GDC_FOR_SM90 undefined).
+//
+// This file is compiled 13 times, a CUTLASS kernel being slow to compile: with
+// JAX_FUSED_LORA_GEMM_PART from 0 to 11 for one kernel each, and without for the functions of the
+// header. Always with NDEBUG: the asserts in CUTLASS's loop make the compiler serialize wgmma.
+#include <atomic>
+#include <type_traits>
+
+#include "native/cuda/gemm_sm90.h"
+
+namespace jax_fused_lora {
+
+// Launches one kernel; instantiated by the parts.
+template <int tile, bool bf16, bool transposed>
+cudaError_t LaunchGemm(const Gemm& gemm, const GemmPlan& plan, int device, int multiprocessors,
+                       cudaStream_t stream, bool programmatic_dependent);
+
+}  // namespace jax_fused_lora
+
+#ifdef JAX_FUSED_LORA_GEMM_PART
+
+#include "cute/tensor.hpp"
+#include "cutlass/cutlass.h"
+#include "cutlass/device_kernel.h"
+#include "cutlass/epilogue/collective/collective_builder.hpp"
+#include "cutlass/epilogue/fusion/operations.hpp"
+#include "cutlass/gemm/collective/collective_builder.hpp"
+#include "cutlass/gemm/kernel/gemm_universal.hpp"
+#include "cutlass/numeric_types.h"
+
+namespace jax_fused_lora {
+
+// CUTLASS calls the left operand (x) A, the right one (W) B and the result D.
+//
+// A mainloop that goes on with h16 and the factor after x and W. The kernel around it is given a K
+// of whole tiles, those of x and those of the rank; the two descriptors of x and W know the true k.
+template <class Mainloop>
+struct WithRank : Mainloop {
+  using Pipeline = typename Mainloop::MainloopPipeline;
+  using State = typename Mainloop::PipelineState;
+  using TileShape = typename Mainloop::TileShape;
+  using TiledMma = typename Mainloop::TiledMma;
+  using ClusterShape = typename Mainloop::DispatchPolicy::ClusterShape;
+  using SmemLayoutA = typename Mainloop::SmemLayoutA;
+  using SmemLayoutB = typename Mainloop::SmemLayoutB;
+  using CopyA = typename Mainloop::GmemTiledCopyA;
+  using CopyB = typename Mainloop::GmemTiledCopyB;
+
+  static constexpr int kTileK = cute::size<2>(TileShape{});
+  static constexpr int kRanks = 32;  // of a stage
+  static constexpr int kStep = 16;   // K of a wgmma
+  static_assert(kTileK == 2 * kRanks && kRanks == 2 * kStep);
+
+  struct Arguments : Mainloop::Arguments {
+    int k, r;
+    typename Mainloop::ElementA const* h16;
+    typename Mainloop::StrideA h16_stride;
+    typename Mainloop::ElementB const* factor;
+    typename Mainloop::StrideB factor_stride;
+  };
+
+  struct Params : Mainloop::Params {
+    typename Mainloop::Params::TMA_A tma_load_h16;
+    typename Mainloop::Params::TMA_B tma_load_factor;
+    int k_tiles, r;  // tiles of x and W
+  };
+
+  static int KOfKernel(int64_t k, int64_t r) {
+    return (cute::ceil_div(k, kTileK) + cute::ceil_div(r, kRanks)) * kTileK;
+  }
+
+  template <class Problem>
+  static Params to_underlying_arguments(Problem const& problem, Arguments const& given, void*) {
+    using cute::_;
+    auto [m, n, k_of_kernel] = problem;
+    Params params;
+    static_cast<typename Mainloop::Params&>(params) =
+        Mainloop::to_underlying_arguments(cute::make_shape(m, n, given.k), given, nullptr);
+    params.k_tiles = cute::ceil_div(given.k, kTileK);
+    params.r = given.r;
+    if (given.r == 0) {
+      params.tma_load_h16 = params.tma_load_a;
+      params.tma_load_factor = params.tma_load_b;
+      return params;
+    }
+    auto h16 = cute::make_tensor(
+        reinterpret_cast<typename Mainloop::InternalElementA const*>(given.h16),
+        cute::make_layout(cute::make_shape(m, int(GemmSm90Width(given.r)), 1), given.h16_stride));
+    auto factor = cute::make_tensor(
+        reinterpret_cast<typename Mainloop::InternalElementB const*>(given.factor),
+        cute::make_layout(cute::make_shape(n, given.r, 1), given.factor_stride));
+    params.tma_load_h16 = cute::make_tma_copy_A_sm90(
+        CopyA{}, h16, SmemLayoutA{}(_, _, cute::Int<0>{}), TileShape{}, ClusterShape{});
+    params.tma_load_factor = cute::make_tma_copy_B_sm90(
+        CopyB{}, factor, SmemLayoutB{}(_, _, cute::Int<0>{}), TileShape{}, ClusterShape{});
+    return params;
+  }
+
+  CUTLASS_DEVICE static void prefetch_tma_descriptors(Params const& params) {
+    Mainloop::prefetch_tma_descriptors(params);
+    if (params.r > 0) {
+      cute::prefetch_tma_descriptor(params.tma_load_h16.get_tma_descriptor());
+      cute::prefetch_tma_descriptor(params.tma_load_factor.get_tma_descriptor());
+    }
+  }
+
+  // The fetching warp's part of one tile of y.
+  template <class Inputs, class Coord, class KTileIterator>
+  CUTLASS_DEVICE void load(Params const& params, Pipeline pipeline, State state,
+                           Inputs const& inputs, Coord const& coord, KTileIterator k_tile, int,
+                           int thread, uint32_t block_in_cluster,
+                           typename Mainloop::TensorStorage& stages) {
+    using namespace cute;
+    Mainloop::load(params, pipeline, state, inputs, coord, k_tile, params.k_tiles, thread,
+                   block_in_cluster, stages);
+    if (params.r == 0 || !elect_one_sync()) return;
+    state.advance(params.k_tiles);
+
+    // A TMA tensor is made of coordinates, so those of x serve h16 and those of W the factor.
+    auto [m_tile, n_tile, unused, batch] = coord;
+    Tensor left = get<0>(inputs)(_, _, m_tile, _, batch);   // (BLK_M, BLK_K, k)
+    Tensor right = get<1>(inputs)(_, _, n_tile, _, batch);  // (BLK_N, BLK_K, k)
+
+    // The blocks of a cluster that share a tile fetch a part of it each, for all of them.
+    Layout cluster = Layout<ClusterShape>{};
+    const int row = block_in_cluster % size<0>(cluster),
+              column = block_in_cluster / size<0>(cluster);
+    auto copy_left = params.tma_load_h16.get_slice(column);
+    auto copy_right = params.tma_load_factor.get_slice(row);
+    uint16_t share_left = 0, share_right = 0;
+    if constexpr (is_same_v<CopyA, SM90_TMA_LOAD_MULTICAST>) {
+      for (int j = 0; j < size<1>(cluster); ++j) share_left |= 1 << cluster(row, j, _0{});
+    }
+    if constexpr (is_same_v<CopyB, SM90_TMA_LOAD_MULTICAST>) {
+      for (int i = 0; i < size<0>(cluster); ++i) share_right |= 1 << cluster(i, column, _0{});
+    }
+    Tensor to_left = copy_left.partition_D(
+        make_tensor(make_smem_ptr(stages.smem_A.data()), SmemLayoutA{}));  // (…, stage)
+    Tensor to_right =
+        copy_right.partition_D(make_tensor(make_smem_ptr(stages.smem_B.data()), SmemLayoutB{}));
+
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int i = 0; i * kRanks < params.r; ++i, ++state) {
+      pipeline.producer_acquire(state);
+      auto* barrier = pipeline.producer_get_barrier(state);
+      Tensor from_right =
+          copy_right.partition_S(domain_offset(make_coord(0, i * kRanks, 0), right));
+      copy(params.tma_load_factor.with(*barrier, share_right), from_right(_, _, _, 0),
+           to_right(_, _, _, state.index()));
+      if (i == 0) asm volatile("griddepcontrol.wait;" ::: "memory");
+      Tensor from_left = copy_left.partition_S(left);
+      copy(params.tma_load_h16.with(*barrier, share_left), from_left(_, _, _, i),
+           to_left(_, _, _, state.index()));
+    }
+  }
+
+  // A warpgroup's part. As Mainloop::mma, leaves one group of wgmma on its way and that stage to
+  // mma_tail.
+  template <class Accumulators>
+  CUTLASS_DEVICE void mma(Pipeline pipeline, State state, Accumulators& sums, int, int thread,
+                          typename Mainloop::TensorStorage& stages, Params const& params) {
+    using namespace cute;
+    Mainloop::mma(pipeline, state, sums, params.k_tiles, thread, stages, params);
+    State done = state;
+    done.advance(params.k_tiles - 1);
+    state.advance(params.k_tiles);
+
+    constexpr int kGroup = cutlass::NumThreadsPerWarpGroup;
+    TiledMma product;
+    product.accumulate_ = GMMA::ScaleOut::One;
+    auto slice = product.get_slice(__shfl_sync(0xffffffff, thread / kGroup, 0) * kGroup);
+    Tensor left = slice.make_fragment_A(slice.partition_A(
+        make_tensor(make_smem_ptr(stages.smem_A.data()), SmemLayoutA{})));  // (…, step, stage)
+    Tensor right = slice.make_fragment_B(
+        slice.partition_B(make_tensor(make_smem_ptr(stages.smem_B.data()), SmemLayoutB{})));
+
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int ranks = params.r; ranks > 0; ranks -= kRanks, ++state, ++done) {
+      pipeline.consumer_wait(state, pipeline.consumer_try_wait(state));
+      const int stage = state.index();
+      warpgroup_fence_operand(sums);
+      if (ranks > kStep) {  // first, so that the group ends with a wgmma which is always there
+        warpgroup_arrive();
+        gemm(product, left(_, _, 2, stage), right(_, _, 1, stage), sums);
+        gemm(product, left(_, _, 3, stage), right(_, _, 1, stage), sums);
+      }
+      warpgroup_arrive();
+      gemm(product, left(_, _, 0, stage), right(_, _, 0, stage), sums);  // hi
+      gemm(product, left(_, _, 1, stage), right(_, _, 0, stage), sums);  // lo
+      warpgroup_commit_batch();
+      warpgroup_wait<1>();
+      warpgroup_fence_operand(sums);
+      pipeline.consumer_release(done);
+    }
+  }
+};
+
+template <int tile>
+struct Tile;
+
+template <>
+struct Tile<0> {
+  using Shape = cute::Shape<cute::_128, cute::_256, cute::_64>;
+  using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
+  using Schedule = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
+  using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecializedCooperative;
+};
+
+template <>
+struct Tile<1> {
+  using Shape = cute::Shape<cute::_256, cute::_128, cute::_64>;
+  using Cluster = cute::Shape<cute::_1, cute::_2, cute::_1>;
+  using Schedule = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
+  using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecializedCooperative;
+};
+
+template <>
+struct Tile<2> {
+  using Shape = cute::Shape<cute::_128, cute::_128, cute::_64>;
+  using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
+  using Schedule = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
+  using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecialized;
+};
+
+template <class Tile, class Element, bool transposed>
+struct Kernel {
+  static constexpr int kAlignment = 8;
+  using RowMajor = cutlass::layout::RowMajor;
+  using LayoutW = std::conditional_t<transposed, cutlass::layout::ColumnMajor, RowMajor>;
+
+  // y = sums + bias, in float32, rounded once.
+  static constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
+  using PlusBias = cutlass::epilogue::fusion::Sm90EVT<
+      cutlass::epilogue::fusion::Sm90Compute<cutlass::plus, Element, float, kRound>,
+      cutlass::epilogue::fusion::Sm90RowBroadcast<0, typename Tile::Shape, Element, float>,
+      cutlass::epilogue::fusion::Sm90AccFetch>;
+
+  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename Tile::Shape,
+      typename Tile::Cluster, cutlass::epilogue::collective::EpilogueTileAuto, float, float, void,
+      RowMajor, kAlignment, Element, RowMajor, kAlignment, typename Tile::EpilogueSchedule,
+      PlusBias>::CollectiveOp;
+
+  using Mainloop = WithRank<typename cutlass::gemm::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, RowMajor, kAlignment, Element,
+      LayoutW, kAlignment, float, typename Tile::Shape, typename Tile::Cluster,
+      cutlass::gemm::collective::StageCountAutoCarveout<int(
+          sizeof(typename Epilogue::SharedStorage))>,
+      typename Tile::Schedule>::CollectiveOp>;
+
+  using Type = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int>, Mainloop, Epilogue,
+                                                    cutlass::gemm::PersistentScheduler>;
+};
+
+// The distance of W's or B's rows, for (n, k) or (k, n).
+template <class Stride>
+Stride RightStride(int64_t row) {
+  Stride stride{};
+  if constexpr (std::is_same_v<std::decay_t<decltype(cute::get<0>(stride))>, int64_t>) {
+    cute::get<0>(stride) = row;
+  } else {
+    cute::get<1>(stride) = row;
+  }
+  return stride;
+}
+
+template <int tile, bool bf16, bool transposed>
+cudaError_t LaunchGemm(const Gemm& gemm, const GemmPlan& plan, int device, int multiprocessors,
+                       cudaStream_t stream, bool programmatic_dependent) {
+  using Element = std::conditional_t<bf16, cutlass::bfloat16_t, cutlass::half_t>;
+  using Kernel = typename Kernel<Tile<tile>, Element, transposed>::Type;
+  using Mainloop = typename Kernel::CollectiveMainloop;
+  using StrideX = typename Mainloop::StrideA;
+  using StrideW = typename Mainloop::StrideB;
+  using Cluster = typename Tile<tile>::Cluster;
+  const void* entry = reinterpret_cast<const void*>(cutlass::device_kernel<Kernel>);
+  constexpr int kShared = Kernel::SharedStorageSize;
+
+  static std::atomic<uint64_t> prepared{0};  // a bit per device; to do it twice does no harm
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (!(prepared.load(std::memory_order_relaxed) & bit)) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+    if (error != cudaSuccess) return error;
+    prepared.fetch_or(bit, std::memory_order_relaxed);
+  }
+
+  typename Kernel::Arguments arguments{};
+  arguments.mode = cutlass::gemm::GemmUniversalMode::kGemm;
+  arguments.problem_shape = {int(gemm.m), int(gemm.n), Mainloop::KOfKernel(gemm.k, gemm.r)};
+  arguments.mainloop.ptr_A = static_cast<const Element*>(gemm.x);
+  arguments.mainloop.dA = StrideX{gemm.k, {}, 0};
+  arguments.mainloop.ptr_B = static_cast<const Element*>(gemm.w);
+  arguments.mainloop.dB = RightStride<StrideW>(transposed ? gemm.k : gemm.n);
+  arguments.mainloop.k = int(gemm.k);
+  arguments.mainloop.r = int(gemm.r);
+  arguments.mainloop.h16 = static_cast<const Element*>(gemm.h16);
+  arguments.mainloop.h16_stride = StrideX{GemmSm90Width(gemm.r), {}, 0};
+  arguments.mainloop.factor = static_cast<const Element*>(gemm.b);
+  arguments.mainloop.factor_stride = RightStride<StrideW>(transposed ? gemm.r : gemm.n);
+  arguments.epilogue.thread = {{static_cast<const Element*>(gemm.bias)}, {}, {}};
+  arguments.epilogue.ptr_D = static_cast<Element*>(gemm.y);
+  arguments.epilogue.dD = {gemm.n, {}, 0};
+  arguments.hw_info.device_id = device;
+  arguments.hw_info.sm_count = multiprocessors;
+  arguments.scheduler.max_swizzle_size = plan.swizzle;
+  using Order = std::decay_t<decltype(arguments.scheduler.raster_order)>;
+  arguments.scheduler.raster_order = plan.along_n ? Order::AlongN : Order::AlongM;
+
+  typename Kernel::Params params = Kernel::to_underlying_arguments(arguments, nullptr);
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {unsigned(cute::size<0>(Cluster{})),
+                                  unsigned(cute::size<1>(Cluster{})), 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = Kernel::get_grid_shape(params);
+  config.blockDim = Kernel::get_block_shape();
+  config.dynamicSmemBytes = kShared;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = programmatic_dependent && gemm.r > 0 ? 2 : 1;
+  void* pointers[] = {&params};
+  return cudaLaunchKernelExC(&config, entry, pointers);
+}
+
+#define PART JAX_FUSED_LORA_GEMM_PART
+template cudaError_t LaunchGemm<PART / 4, PART / 2 % 2 == 0, PART % 2 == 1>(
+    const Gemm& gemm, const GemmPlan& plan, int device, int multiprocessors, cudaStream_t stream,
+    bool programmatic_dependent);
+#undef PART
+
+}  // namespace jax_fused_lora
+
+#else  // The functions of the header.
+
+#include <algorithm>
+#include <limits>
+
+namespace jax_fused_lora {
+namespace {
+
+constexpr int kTiles = 3;
+
+using Launcher = cudaError_t (*)(const Gemm&, const GemmPlan&, int, int, cudaStream_t, bool);
+
+// By tile, bf16 and transposed.
+constexpr Launcher kLaunchers[kTiles][2][2] = {
+    {{LaunchGemm<0, false, false>, LaunchGemm<0, false, true>},
+     {LaunchGemm<0, true, false>, LaunchGemm<0, true, true>}},
+    {{LaunchGemm<1, false, false>, LaunchGemm<1, false, true>},
+     {LaunchGemm<1, true, false>, LaunchGemm<1, true, true>}},
+    {{LaunchGemm<2, false, false>, LaunchGemm<2, false, true>},
+     {LaunchGemm<2, true, false>, LaunchGemm<2, true, true>}},
+};
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+cudaError_t Multiprocessors(int device, int* count) {
+  static std::atomic<int> counts[64];
+  if (device < 64 && (*count = counts[device].load(std::memory_order_relaxed)) > 0) {
+    return cudaSuccess;
+  }
+  const cudaError_t error = cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess && device < 64) counts[device].store(*count, std::memory_order_relaxed);
+  return error;
+}
+
+}  // namespace
+
+bool GemmSm90RunsOn(int major, int minor) { return major == 9 && minor == 0; }
+
+bool GemmSm90Serves(const Gemm& gemm) {
+  // TMA's rows are multiples of 16 bytes; sizes and, rounded up to tiles, counts are ints.
+  constexpr int64_t kMost = std::numeric_limits<int>::max() / 4;
+  const auto fits = [](int64_t size) { return size > 0 && size <= kMost; };
+  const auto aligned = [](const void* pointer) {
+    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+  };
+  if (!fits(gemm.m) || !fits(gemm.k) || !fits(gemm.n) || gemm.k % 8 != 0 || gemm.n % 8 != 0 ||
+      !aligned(gemm.x) || !aligned(gemm.w) || !aligned(gemm.bias) || !aligned(gemm.y)) {
+    return false;
+  }
+  return gemm.r == 0 || (gemm.r > 0 && gemm.r <= kMost && (!gemm.transposed || gemm.r % 8 == 0) &&
+                         aligned(gemm.h16) && aligned(gemm.b));
+}
+
+GemmPlan GemmSm90Plan(const Gemm& gemm, int multiprocessors) {
+  // Every multiprocessor takes a tile at a time, so a product lasts as long as the tiles that one
+  // of them takes, and the last round may be nearly empty. A tile of half the size takes a little
+  // more than half the time, having half the reuse.
+  const auto time = [&](int64_t rows, int64_t columns, double tile) {
+    return CeilDiv(CeilDiv(gemm.m, rows) * CeilDiv(gemm.n, columns), multiprocessors) * tile;
+  };
+  const double wide = time(128, 256, 2), tall = time(256, 128, 2), small = time(128, 128, 1.1);
+  GemmPlan plan;
+  if (small < std::min(wide, tall)) {
+    plan.tile = 2;
+  } else if (wide != tall) {
+    plan.tile = wide < tall ? 0 : 1;
+  } else {
+    plan.tile = gemm.m > 4096 ? 0 : 1;
+  }
+  const int64_t rows = plan.tile == 1 ? 256 : 128, columns = plan.tile == 0 ? 256 : 128;
+  plan.along_n = CeilDiv(gemm.n, columns) <= CeilDiv(gemm.m, rows);
+  plan.swizzle = 1;
+  return plan;
+}
+
+cudaError_t GemmSm90(const Gemm& gemm, const GemmPlan& plan, cudaStream_t stream,
+                     bool programmatic_dependent) {
+  if (!GemmSm90Serves(gemm) || plan.tile < 0 || plan.tile >= kTiles) return cudaErrorInvalidValue;
+  int device, multiprocessors;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = Multiprocessors(device, &multiprocessors);
+  if (error != cudaSuccess) return error;
+  return kLaunchers[plan.tile][gemm.bf16][gemm.transposed](gemm, plan, device, multiprocessors,
+                                                           stream, programmatic_dependent);
+}
+
+cudaError_t GemmSm90(const Gemm& gemm, cudaStream_t stream, bool programmatic_dependent) {
+  int device, multiprocessors;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = Multiprocessors(device, &multiprocessors);
+  if (error != cudaSuccess) return error;
+  return GemmSm90(gemm, GemmSm90Plan(gemm, multiprocessors), stream, programmatic_dependent);
+}
+
+}  // namespace jax_fused_lora
+
+#endif

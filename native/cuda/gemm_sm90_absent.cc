@@ -1,0 +1,16 @@
+// In place of gemm_sm90.cu, where the library is built without CUTLASS.
+
+#include "native/cuda/gemm_sm90.h"
+
+namespace jax_fused_lora {
+
+bool GemmSm90RunsOn(int /*major*/, int /*minor*/) { return false; }
+
+bool GemmSm90Serves(const Gemm& /*gemm*/) { return false; }
+
+cudaError_t GemmSm90(const Gemm& /*gemm*/, cudaStream_t /*stream*/,
+                     bool /*programmatic_dependent*/) {
+  return cudaErrorNotSupported;
+}
+
+}  // namespace jax_fused_lora
