@@ -115,14 +115,19 @@ def _native_forward(
     elif form == "xla":  # native code was asked for by name
         form = "kernel" if rest else "delta"
     in_place = form == "base" and x.dtype == jnp.float32
-    on_cpu = library == "cpu"  # Metal's sums need no room of their own
+    on_cpu = library == "cpu"
     slices = _product_slices(m, k, n, x.dtype.itemsize) if on_cpu and form == "kernel" else 0
+    floats = {
+        "cpu": lambda: r * (k + _padded(n)) + n + slices * m * n,
+        "metal": lambda: 0,
+        "cuda": lambda: load("cuda").workspace(m, k, n, r, form, ""),
+    }[library]()
     y, h, _ = jax.ffi.ffi_call(
         load(library).targets["lora_forward"],
         (
             jax.ShapeDtypeStruct((m, n), x.dtype),
             jax.ShapeDtypeStruct((m, r), jnp.float32),
-            _workspace(r * (k + _padded(n)) + n + slices * m * n if on_cpu else 0),
+            _workspace(floats),
         ),
         input_output_aliases={3: 0} if in_place else None,
     )(x, lora_a, lora_b, *rest,
@@ -157,13 +162,17 @@ def _native_backward(
     elif form == "xla":
         form = "kernel" if rest else "delta"
     shapes = {"x": x, "a": lora_a, "b": lora_b}
-    on_cpu = library == "cpu"  # on Metal t is all there is to keep
-    slices = _row_slices(m) if on_cpu else 1
+    slices = _row_slices(m) if library == "cpu" else 1
+    floats = {
+        "cpu": lambda: r * (m + _padded(k) + n + slices * (k + n)),
+        "metal": lambda: r * m,  # t
+        "cuda": lambda: load("cuda").workspace(m, k, n, r, form, grads),
+    }[library]()
     results = jax.ffi.ffi_call(
         load(library).targets["lora_backward"],
         (
             *(jax.ShapeDtypeStruct(shapes[w].shape, shapes[w].dtype) for w in grads),
-            _workspace(r * (m + _padded(k) + n + slices * (k + n)) if on_cpu else r * m),
+            _workspace(floats),
         ),
         input_output_aliases={5: 0} if form == "base" and x.dtype == jnp.float32 else None,
     )(g, x, lora_a, lora_b, h, *rest,

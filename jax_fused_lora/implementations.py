@@ -8,6 +8,7 @@ import pathlib
 import platform
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,11 +62,14 @@ class Library:
         implementation: what the user sees of it.
         targets: the name that each call is registered under.
         product: whether it multiplies x·W of many rows itself, where that is a matter of hardware.
+        workspace: the floats of workspace that a call needs, from its sizes m, k, n, rank, its
+            form and its grads ("" for `lora_forward`); a GPU's only.
     """
 
     implementation: Implementation
     targets: dict[str, str]
     product: bool = False
+    workspace: Callable[..., int] = lambda *_: 0
 
 
 @functools.cache
@@ -119,7 +123,7 @@ def load(name: str) -> Library:
         xla_platform = {"cpu": "cpu", "cuda": "CUDA"}[serves]
         jax.ffi.register_ffi_target(targets[call], capsule, platform=xla_platform)
     found = Implementation(True, serves, f"native code on {runs}")
-    return Library(found, targets, module.product())
+    return Library(found, targets, module.product(), module.workspace)
 
 
 def available_on(serves: str) -> tuple[str, ...]:

@@ -22,4 +22,9 @@ NB_MODULE(JAX_FUSED_LORA_MODULE, module) {
              [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
   module.def("runs", [] { return jax_fused_lora::ThisBackend().runs; });
   module.def("product", [] { return jax_fused_lora::ThisBackend().product; });
+  module.def("workspace", [](int64_t m, int64_t k, int64_t n, int64_t r, const std::string& form,
+                             const std::string& grads) {
+    const auto workspace = jax_fused_lora::ThisBackend().workspace;
+    return workspace ? workspace(m, k, n, r, form, grads) : 0;
+  });
 }

@@ -26,7 +26,13 @@ else:
 # Emulated, Metal is slow: it takes what it is named for, not what a rule sends it.
 os.environ.setdefault("JAX_FUSED_LORA_METAL", "never")
 
+import jax  # noqa: E402
+
 from jax_fused_lora import implementations  # noqa: E402
+
+# On GPUs JAX multiplies float32 in TF32 unless it is told not to; the tests ask for float32.
+if jax.default_backend() == "gpu":
+    jax.config.update("jax_default_matmul_precision", "highest")
 
 SEEDS = (1, 2, 3)  # orders of the emulated GPU's threads
 AVAILABLE = [name for name, each in implementations().items() if each.available]

@@ -27,6 +27,28 @@ Element ElementOf(ffi::DataType dtype) {
   }
 }
 
+// Whole lines of 128 bytes, so that each part of a workspace begins on one.
+int64_t Lines(int64_t floats) { return (floats + 31) / 32 * 32; }
+
+// What Launcher::Layer takes.
+int64_t LayerWorkspace(const Sizes& sizes, std::string_view form) {
+  if (form != "kernel") return 0;
+  return Lines(sizes.rows <= kFewRows ? DecodeWorkspace(sizes)
+                                      : (sizes.rows * GemmSm90Width(sizes.rank) + 1) / 2);
+}
+
+// What the two calls take, in all.
+int64_t Workspace(int64_t m, int64_t k, int64_t n, int64_t r, std::string_view form,
+                  std::string_view grads) {
+  const Sizes straight = {m, k, n, r}, transposed = {m, n, k, r};
+  const auto asked = [&](char letter) { return grads.find(letter) != grads.npos; };
+  if (grads.empty()) return LayerWorkspace(straight, form);
+  return (asked('x') || asked('a') ? Lines(m * r) : 0) +
+         (asked('x') ? LayerWorkspace(transposed, form) : 0) +
+         (asked('a') ? Lines(GradWorkspace(straight)) : 0) +
+         (asked('b') ? Lines(GradWorkspace(transposed)) : 0);
+}
+
 // Runs a call's launches one after the other up to the first that fails, and hands out parts of
 // its workspace.
 class Launcher {
@@ -49,14 +71,13 @@ class Launcher {
     if (ok()) error_ = what;
   }
 
-  // Whole lines of 128 bytes, so that each part begins on one.
   float* Take(int64_t floats) {
-    used_ += (floats + 31) / 32 * 32;
+    used_ += Lines(floats);
     if (used_ > call_.workspace_size) {
       Fail("workspace has " + std::to_string(call_.workspace_size) + " floats, needed " +
            std::to_string(used_));
     }
-    return call_.workspace + (used_ - (floats + 31) / 32 * 32);
+    return call_.workspace + (used_ - Lines(floats));
   }
 
   void Did(const char* kernel, cudaError_t error) {
@@ -130,8 +151,9 @@ class Launcher {
                        y};
     const bool serves =
         element() != Element::kFloat32 && b.element == element() && GemmSm90Serves(gemm);
-    if (!serves) Fail("form is 'kernel', for more rows than " + std::to_string(kFewRows) +
-                      " or operands that the Hopper product does not take");
+    if (!serves)
+      Fail("form is 'kernel', for more rows than " + std::to_string(kFewRows) +
+           " or operands that the Hopper product does not take");
     if (!ok()) return;
     Did("shrink", LaunchShrink(stream_, element(), all, x, first(transposed), shrink_scaling, h,
                                h16, expand_scaling));
@@ -197,6 +219,7 @@ Backend ThisBackend() {
                      std::string(properties.name) + ", compute capability " +
                          std::to_string(properties.major) + "." + std::to_string(properties.minor)};
 #ifdef JAX_FUSED_LORA_SM90
+  backend.workspace = Workspace;
   backend.product = properties.major == 9 && properties.minor == 0;
 #endif
   return backend;

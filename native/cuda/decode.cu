@@ -24,10 +24,10 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kColumns = 64;              // of a block
-constexpr int kStride = kColumns + 4;     // of its sums in shared memory
-constexpr int kUnit = 32;                 // of the depth, a warp at a time
-constexpr int64_t kWantedBlocks = 264;    // two on each of an H100's multiprocessors
+constexpr int kColumns = 64;            // of a block
+constexpr int kStride = kColumns + 4;   // of its sums in shared memory
+constexpr int kUnit = 32;               // of the depth, a warp at a time
+constexpr int64_t kWantedBlocks = 264;  // two on each of an H100's multiprocessors
 constexpr int kRows = static_cast<int>(kFewRows);
 static_assert(kRows * kColumns / 4 == kThreads, "a thread finishes 4 columns of one row");
 
@@ -202,9 +202,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 // A thread has 4 columns of up to kSome rows, and 4 of the depth at a time. Sixteen neighbouring
 // threads lie along W's rows.
 template <class E, int kSome>
-__global__ void __launch_bounds__(kThreads)
-    DecodeWide(const __grid_constant__ DecodeArguments p,
-               const __grid_constant__ Result<E> result) {
+__global__ void __launch_bounds__(kThreads) DecodeWide(const __grid_constant__ DecodeArguments p,
+                                                       const __grid_constant__ Result<E> result) {
   __shared__ __align__(16) float shared[kWarps][kRows][kStride];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int quad = p.transposed ? threadIdx.x / 16 * 4 : threadIdx.x % 16 * 4;
@@ -291,8 +290,8 @@ cudaError_t LaunchDecode(cudaStream_t stream, Element element, const Sizes& size
 
   bool programmatic = false;
   if (sizes.rank > 0 || tickets > 0) {
-    const cudaError_t error = LaunchShrinkRows(stream, element, sizes, x, a, shrink_scaling, h,
-                                               p.tickets, tickets);
+    const cudaError_t error =
+        LaunchShrinkRows(stream, element, sizes, x, a, shrink_scaling, h, p.tickets, tickets);
     if (error != cudaSuccess) return error;
     programmatic = HasSm90();
   }

@@ -53,6 +53,7 @@ struct ThinArguments {
   float shrink_scaling, expand_scaling;
   float* h;   // may be null
   void* h16;  // may be null
+  float h16_scaling;
   int block_rows, stages;
   int warps_across;  // warps side by side over the ranks; the others share the depth
   bool b_vectors;    // B may be read as the tensor cores' expand likes it
@@ -75,8 +76,8 @@ struct Thin {
   }
 };
 
-// A tile (kRows or fewer, columns) from (row, column) of the matrix (rows, row_stride), zeros
-// outside; `columns` is a power of two.
+// A tile from (row, column) of the matrix (rows, row_length), converted where need be, zeros
+// outside; tile_columns is a power of two, 16 bytes at least.
 template <class Tile, class Source>
 __device__ void Stage(Tile* tile, int tile_rows, int tile_columns, int stride, const Source* source,
                       bool vectors, bool quads, int64_t row, int64_t rows, int64_t column,
@@ -112,9 +113,10 @@ __device__ void Stage(Tile* tile, int tile_rows, int tile_columns, int stride, c
 
 // One stage's share of this warp, on tensor cores. Lane layouts: see Multiply.
 template <class Tile, int kBlocks>
-__device__ inline void MultiplyStage(float (&sums)[2][kBlocks][4], const Tile* x_tile,
-                                     const Tile* a_tile, bool transposed, int ranks, int row_blocks,
-                                     int own_rank, int own_step, int steps_apart, int lane) {
+__device__ inline void MultiplyStageTensor(float (&sums)[2][kBlocks][4], const Tile* x_tile,
+                                           const Tile* a_tile, bool transposed, int ranks,
+                                           int row_blocks, int own_rank, int own_step,
+                                           int steps_apart, int lane) {
   using T = Thin<Tile, kBlocks>;
   for (int depth = own_step * 16; depth < T::kDepth; depth += steps_apart * 16) {
     uint32_t x[2][4];
@@ -129,8 +131,8 @@ __device__ inline void MultiplyStage(float (&sums)[2][kBlocks][4], const Tile* x
       uint32_t a[4];
       const int rank = own_rank + pair * 16;
       if (transposed) {
-        LoadBlocks(a, a_tile + (rank + lane / 16 * 8 + lane % 8) * T::kStride + depth +
-                          lane / 8 % 2 * 8);
+        LoadBlocks(
+            a, a_tile + (rank + lane / 16 * 8 + lane % 8) * T::kStride + depth + lane / 8 % 2 * 8);
       } else {
         LoadBlocksTransposed(
             a, a_tile + (depth + lane % 16) * (ranks + T::kChunk) + rank + lane / 16 * 8);
@@ -147,12 +149,11 @@ __device__ inline void MultiplyStage(float (&sums)[2][kBlocks][4], const Tile* x
 }
 
 // The same in float32: a lane has rows lane / 4 + 8·i and, of every 16 ranks, 4 from lane % 4 * 4.
-// sums[i / 2][quad][...] would not be the tensor cores' layout, so they are named otherwise.
 template <int kBlocks>
-__device__ inline void MultiplyStage(float (&sums)[4][kBlocks * 2], const float* x_tile,
-                                     const float* a_tile, bool transposed, int ranks,
-                                     int row_blocks, int own_rank, int own_step, int steps_apart,
-                                     int lane) {
+__device__ inline void MultiplyStageWide(float (&sums)[4][kBlocks * 2], const float* x_tile,
+                                         const float* a_tile, bool transposed, int ranks,
+                                         int row_blocks, int own_rank, int own_step,
+                                         int steps_apart, int lane) {
   using T = Thin<float, kBlocks>;
   for (int depth = own_step * 4; depth < T::kDepth; depth += steps_apart * 4) {
     float x[4][4];
@@ -189,7 +190,7 @@ __device__ inline void MultiplyStage(float (&sums)[4][kBlocks * 2], const float*
   }
 }
 
-// y from h in float32. A lane has a quarter of the rows and 8 of a warp's 64 columns.
+// y from h and a B in float32. A lane has a quarter of the rows and 8 of a warp's 64 columns.
 template <class E>
 __device__ inline void ExpandWide(const ThinArguments& p, const Result<E>& result, const float* h,
                                   int h_stride, int64_t first_row, int warp, int lane) {
@@ -197,19 +198,22 @@ __device__ inline void ExpandWide(const ThinArguments& p, const Result<E>& resul
   for (int64_t strip = warp * 64; strip < p.shape.out; strip += kWarps * 64) {
     const int64_t column = strip + lane % 8 * 4;
     float sums[8][8] = {};
+#pragma unroll 1
     for (int rank = 0; rank < p.shape.rank; rank += 4) {
-      float b[2][4][4];
-      LoadBlock<E>(p.b, rank, p.shape.rank, column, p.shape.out, b[0]);
-      LoadBlock<E>(p.b, rank, p.shape.rank, column + 32, p.shape.out, b[1]);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (i < lane_rows) {
-          float quad[4];
-          LoadQuad(h + (row + i) * h_stride + rank, quad);
+      for (int half = 0; half < 2; ++half) {
+        float b[4][4];
+        LoadBlock<float>(p.b, rank, p.shape.rank, column + half * 32, p.shape.out, b);
 #pragma unroll
-          for (int d = 0; d < 4; ++d) {
+        for (int i = 0; i < 8; ++i) {
+          if (i < lane_rows) {
+            float quad[4];
+            LoadQuad(h + (row + i) * h_stride + rank, quad);
 #pragma unroll
-            for (int j = 0; j < 8; ++j) sums[i][j] += quad[d] * b[j / 4][d][j % 4];
+            for (int d = 0; d < 4; ++d) {
+#pragma unroll
+              for (int j = 0; j < 4; ++j) sums[i][half * 4 + j] += quad[d] * b[d][j];
+            }
           }
         }
       }
@@ -234,7 +238,7 @@ __device__ inline void ExpandWide(const ThinArguments& p, const Result<E>& resul
 // block j is free: n / 2 * 8 + n % 2 * 32 + j makes the 8 blocks' elements of a lane neighbours, in
 // B and in y, and 4 lanes' stores whole sectors. Likewise rank 4t + i of each 16, i < 4, plays
 // 2t, 2t + 1, 2t + 8 and 2t + 9 for lane t.
-template <class E>
+template <class E, bool kTransposed>
 __device__ inline void ExpandTensor(const ThinArguments& p, const Result<E>& result, const E* hi,
                                     const E* lo, int stride, const float* row_scaling,
                                     int64_t first_row, int warp, int lane) {
@@ -245,10 +249,11 @@ __device__ inline void ExpandTensor(const ThinArguments& p, const Result<E>& res
   for (int64_t strip = warp * 64; strip < out; strip += kWarps * 64) {
     const int64_t column = strip + g / 2 * 8 + g % 2 * 32;
     float sums[2][8][4] = {};
+#pragma unroll 1
     for (int from = 0; from < rank; from += 16) {
       const int own = from + t * 4;
       uint32_t b[8][2];
-      if (!p.b.transposed) {
+      if constexpr (!kTransposed) {
         uint4 rows[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -348,6 +353,10 @@ __device__ inline void SplitClamped(float value, E* hi, E* lo) {
   }
 }
 
+constexpr int kH16Block = static_cast<int>(GemmSm90Width(1));  // columns of h16, of 16 ranks
+static_assert(GemmSm90Width(17) == 2 * kH16Block);
+__device__ inline int H16Width(int rank) { return (rank + 15) / 16 * kH16Block; }
+
 // float32 sums of the depth's shares, after the stages; then h, hi and lo in the same memory.
 __host__ __device__ inline int SumsStride(int ranks) { return ranks + 4; }
 __host__ __device__ inline int SplitStride(int ranks) { return ranks + 8; }
@@ -405,8 +414,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (step + p.stages - 1 < steps) fetch(step + p.stages - 1, ahead);
     CommitCopies();
     const Tile* const x_tile = stages + stage * stage_size;
-    MultiplyStage(sums, x_tile, x_tile + x_size, p.a.transposed, ranks, row_blocks, own_rank,
-                  own_step, warps_deep, lane);
+    if constexpr (T::kTensor) {
+      MultiplyStageTensor<Tile, kBlocks>(sums, x_tile, x_tile + x_size, p.a.transposed, ranks,
+                                         row_blocks, own_rank, own_step, warps_deep, lane);
+    } else {
+      MultiplyStageWide<kBlocks>(sums, x_tile, x_tile + x_size, p.a.transposed, ranks, row_blocks,
+                                 own_rank, own_step, warps_deep, lane);
+    }
     if (++stage == p.stages) stage = 0;
   }
   WaitForCopies<0>();
@@ -445,7 +459,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   const int shift = 31 - __clz(ranks);
   E* const h16 = static_cast<E*>(p.h16);
-  const int64_t h16_width = GemmSm90Width(p.shape.rank);
+  const int h16_width = H16Width(p.shape.rank);
   for (int i = threadIdx.x; i < p.block_rows << shift; i += kThreads) {
     const int row = i >> shift, rank = i & (ranks - 1), at = row * h_stride + rank;
     float sum = 0.0f;
@@ -462,7 +476,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int to = rank / 16 * 32 + rank % 16;
       if (h16 != nullptr && to < h16_width) {
         E* const pair = h16 + (first_row + row) * h16_width + to;
-        SplitClamped(sum, pair, pair + 16);
+        SplitClamped(p.h16_scaling * sum, pair, pair + 16);
       }
     }
   }
@@ -496,7 +510,11 @@ __global__ void __launch_bounds__(kThreads, 2)
           if (lane == 0) row_scaling[row] = p.expand_scaling * back;
         }
         __syncthreads();  // hi and lo are whole
-        ExpandTensor(p, result, hi, lo, stride, row_scaling, first_row, warp, lane);
+        if (p.b.transposed) {
+          ExpandTensor<E, true>(p, result, hi, lo, stride, row_scaling, first_row, warp, lane);
+        } else {
+          ExpandTensor<E, false>(p, result, hi, lo, stride, row_scaling, first_row, warp, lane);
+        }
         return;
       }
     }
@@ -519,9 +537,9 @@ int Multiprocessors(int* shared) {
           cudaSuccess) {
     return 0;
   }
-  known[device % 64].store(static_cast<int64_t>(device + 1) << 48 |
-                               static_cast<int64_t>(count) << 32 | memory,
-                           std::memory_order_relaxed);
+  known[device % 64].store(
+      static_cast<int64_t>(device + 1) << 48 | static_cast<int64_t>(count) << 32 | memory,
+      std::memory_order_relaxed);
   *shared = memory;
   return count;
 }
@@ -572,6 +590,7 @@ struct RowsArguments {
   float shrink_scaling, expand_scaling;
   float* h;   // may be null
   void* h16;  // may be null
+  float h16_scaling;
   bool expand;
   unsigned* tickets;  // to be zeroed
   int64_t ticket_count;
@@ -705,8 +724,8 @@ __global__ void __launch_bounds__(kRowThreads)
     const int64_t width = std::is_same_v<E, float> || p.b.wide ? 4 : sizeof(E);
     for (int64_t i = threadIdx.x; i < lines * rank; i += kRowThreads) {
       const int64_t at = i / lines * p.shape.out + first + i % lines * kPrefetchColumns;
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(p.b.data) +
-                                                    at * width));
+      asm volatile(
+          "prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(p.b.data) + at * width));
     }
   }
 
@@ -746,11 +765,11 @@ __global__ void __launch_bounds__(kRowThreads)
 #endif
   if constexpr (sizeof(E) == 2) {
     if (p.h16 != nullptr && block == 0) {
-      const int width = static_cast<int>(GemmSm90Width(rank));
+      const int width = H16Width(rank);
       for (int i = threadIdx.x; i < p.shape.rows * width / 2; i += kRowThreads) {
         const int row = i / (width / 2), r = i % (width / 2);
         E* const pair = static_cast<E*>(p.h16) + row * width + r / 16 * 32 + r % 16;
-        SplitClamped(r < rank ? h[row * rank + r] : 0.0f, pair, pair + 16);
+        SplitClamped(r < rank ? p.h16_scaling * h[row * rank + r] : 0.0f, pair, pair + 16);
       }
     }
   }
@@ -785,14 +804,15 @@ cudaError_t LaunchRows(cudaStream_t stream, const RowsArguments& p, const Result
 // What both entry points do; y is null for the shrink alone.
 cudaError_t LaunchBoth(cudaStream_t stream, Element element, const Sizes& sizes, const void* x,
                        const Factor& a, const Factor& b, float shrink_scaling, float expand_scaling,
-                       const Addend& addend, float* h, void* h16, void* y) {
+                       const Addend& addend, float* h, void* h16, float h16_scaling, void* y) {
   const bool expand = y != nullptr && sizes.out > 0;
   if (sizes.rank < 0 || sizes.rank > kMaxRank) return cudaErrorInvalidValue;
   if (sizes.rows == 0 || (sizes.rank == 0 && !expand)) return cudaSuccess;
   const Shape shape = {sizes.rows, sizes.in, sizes.out, static_cast<int>(sizes.rank)};
   const FactorView a_view = View(a, sizes.in, sizes.rank), b_view = View(b, sizes.rank, sizes.out);
   const int64_t width = Width(element);
-  const bool x_vectors = Vectors(x, sizes.in, width), x_quads = Vectors(x, sizes.in, width, width * 4);
+  const bool x_vectors = Vectors(x, sizes.in, width),
+             x_quads = Vectors(x, sizes.in, width, width * 4);
 
   return Dispatch(element, [&](auto tag) {
     using E = typename decltype(tag)::type;
@@ -802,12 +822,22 @@ cudaError_t LaunchBoth(cudaStream_t stream, Element element, const Sizes& sizes,
           Vectors(y, sizes.out, width, bytes) &&
           (addend.base == nullptr || Vectors(addend.base, sizes.out, 4)) &&
           (addend.bias == nullptr || Vectors(addend.bias, sizes.out, width, 4 * width));
-      return Result<E>{addend.base, addend.bias, static_cast<E*>(y), sizes.rows, sizes.out,
-                       vectors};
+      return Result<E>{addend.base, addend.bias, static_cast<E*>(y),
+                       sizes.rows,  sizes.out,   vectors};
     };
     if (sizes.rows <= kFewRows) {
-      RowsArguments p = {shape,          x, x_quads, a_view, b_view, shrink_scaling,
-                         expand_scaling, h, h16,     expand, nullptr, 0};
+      RowsArguments p = {};
+      p.shape = shape;
+      p.x = x;
+      p.x_quads = x_quads;
+      p.a = a_view;
+      p.b = b_view;
+      p.shrink_scaling = shrink_scaling;
+      p.expand_scaling = expand_scaling;
+      p.h = h;
+      p.h16 = h16;
+      p.h16_scaling = h16_scaling;
+      p.expand = expand;
       return LaunchRows(stream, p, result(4));
     }
     int limit = 0;
@@ -824,6 +854,7 @@ cudaError_t LaunchBoth(cudaStream_t stream, Element element, const Sizes& sizes,
     p.expand_scaling = expand_scaling;
     p.h = h;
     p.h16 = h16;
+    p.h16_scaling = h16_scaling;
     p.block_rows = CeilDiv(sizes.rows, 32) < multiprocessors ? 16 : 32;
     p.b_vectors = b_view.transposed ? b_view.quads : b_view.vectors;
     const bool tensor_expand = sizeof(E) == 2 && !b_view.wide;
@@ -855,26 +886,23 @@ cudaError_t LaunchShrinkRows(cudaStream_t stream, Element element, const Sizes& 
   const int64_t width = Width(element);
   return Dispatch(element, [&](auto tag) {
     using E = typename decltype(tag)::type;
-    const RowsArguments p = {shape,
-                             x,
-                             Vectors(x, sizes.in, width, width * 4),
-                             View(a, sizes.in, sizes.rank),
-                             FactorView(),
-                             scaling,
-                             0.0f,
-                             h,
-                             nullptr,
-                             false,
-                             tickets,
-                             ticket_count};
+    RowsArguments p = {};
+    p.shape = shape;
+    p.x = x;
+    p.x_quads = Vectors(x, sizes.in, width, width * 4);
+    p.a = View(a, sizes.in, sizes.rank);
+    p.shrink_scaling = scaling;
+    p.h = h;
+    p.tickets = tickets;
+    p.ticket_count = ticket_count;
     return LaunchRows(stream, p, Result<E>());
   });
 }
 
 cudaError_t LaunchShrink(cudaStream_t stream, Element element, const Sizes& sizes, const void* x,
-                         const Factor& a, float scaling, float* h, void* h16) {
+                         const Factor& a, float scaling, float* h, void* h16, float h16_scaling) {
   return LaunchBoth(stream, element, sizes, x, a, Factor{nullptr, element, false}, scaling, 0.0f,
-                    Addend{nullptr, nullptr}, h, h16, nullptr);
+                    Addend{nullptr, nullptr}, h, h16, h16_scaling, nullptr);
 }
 
 cudaError_t LaunchShrinkExpand(cudaStream_t stream, Element element, const Sizes& sizes,
@@ -882,7 +910,7 @@ cudaError_t LaunchShrinkExpand(cudaStream_t stream, Element element, const Sizes
                                float shrink_scaling, float expand_scaling, const Addend& addend,
                                float* h, void* y) {
   return LaunchBoth(stream, element, sizes, x, a, b, shrink_scaling, expand_scaling, addend, h,
-                    nullptr, y);
+                    nullptr, 0.0f, y);
 }
 
 }  // namespace jax_fused_lora

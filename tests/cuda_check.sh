@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# Usage: tests/cuda_check.sh OUT     (Linux, an NVIDIA GPU of compute capability 8.0, CUDA's nvcc)
+#
+# The portable CUDA kernels of native/cuda/kernels.h, built for this machine's GPU: every result
+# checked against float64 on all shapes; memcheck and racecheck on small ones; then times. Logs, and
+# a summary, go to the folder OUT. JOBS (as many as there are cores) compilations at a time.
+set -uo pipefail
+
+cd "$(dirname "$0")/.."
+[[ $# -eq 1 ]] || { sed -n 2p "$0" >&2; exit 2; }
+mkdir -p "$1"
+out=$(cd "$1" && pwd)
+build=$(mktemp -d)
+trap 'rm -rf "$build"' EXIT
+failed=0
+
+say() { echo "$*" | tee -a "$out/summary.txt"; }
+: >"$out/summary.txt"
+
+# The path of one of CUDA's programs.
+find_tool() {
+  local path
+  for path in "$(command -v "$1")" "${CUDA_HOME:-/usr/local/cuda}"/{bin,compute-sanitizer}/"$1" \
+    /usr/local/cuda*/{bin,compute-sanitizer}/"$1"; do
+    [[ -n $path && -x $path ]] && { echo "$path"; return; }
+  done
+  echo "no $1: not on PATH nor in CUDA_HOME or /usr/local/cuda" >&2
+  return 1
+}
+
+nvcc=$(find_tool nvcc) || exit 2
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)
+capability=${capability//[^0-9]/}
+target=(-arch=native)
+[[ -n $capability ]] && target=(-gencode "arch=compute_$capability,code=sm_$capability")
+flags=(-std=c++17 -O3 -lineinfo -Xcompiler -Wall -I .)
+
+echo '== Building'
+seconds=$SECONDS
+jobs=()
+names=(shrink_expand decode grad kernels_test)
+for name in "${names[@]}"; do
+  while (($(jobs -rp | wc -l) >= ${JOBS:-$(nproc)})); do wait -n; done
+  "$nvcc" "${flags[@]}" "${target[@]}" --resource-usage -c "native/cuda/$name.cu" \
+    -o "$build/$name.o" >"$out/build_$name.txt" 2>&1 &
+  jobs+=($!)
+done
+for job in "${jobs[@]}"; do wait "$job" || failed=1; done
+objects=()
+for name in "${names[@]}"; do objects+=("$build/$name.o"); done
+if ((failed)) || ! "$nvcc" "${target[@]}" "${objects[@]}" -o "$build/kernels_test"; then
+  grep -hE 'error' "$out"/build_*.txt | head -n 20 | tee -a "$out/summary.txt"
+  say 'build: FAILED'
+  exit 1
+fi
+say "build: ok, $((SECONDS - seconds)) s," \
+  "$(cat "$out"/build_*.txt | grep -c 'spill' || true) kernels," \
+  "$(cat "$out"/build_*.txt | grep 'spill' | grep -vc ' 0 bytes spill stores' || true) that spill"
+
+echo '== All shapes'
+seconds=$SECONDS
+timeout 100 "$build/kernels_test" --no-times >"$out/check.txt" 2>&1
+status=$?
+cat "$out/check.txt"
+((status == 0)) || failed=1
+say "check: exit status $status, $((SECONDS - seconds)) s"
+grep -E ' failures, worst' "$out/check.txt" | tee -a "$out/summary.txt"
+((status == 0)) || grep -m 12 -vE ' failures, worst' "$out/check.txt" | tee -a "$out/summary.txt"
+
+# One of compute-sanitizer's tools on the small shapes.
+tool() {  # name, options...
+  timeout 120 "$sanitizer" --tool "$1" --error-exitcode 9 --print-limit 50 "${@:2}" \
+    "$build/kernels_test" --small >"$out/$1.txt" 2>&1
+  echo "exit status $?" >>"$out/$1.txt"
+}
+
+# Whether a log says that all was well.
+judge() {  # name, what its summary must say
+  local clean='FAILED'
+  if grep -qx 'exit status 0' "$out/$1.txt" && grep -qE "$2" "$out/$1.txt" &&
+    [[ $(grep -c ' 0 failures' "$out/$1.txt") == 3 ]]; then
+    clean='ok'
+  else
+    failed=1
+  fi
+  say "$1: $clean, $(tail -n 1 "$out/$1.txt")$(grep -oE ', [0-9]+ failures' "$out/$1.txt" |
+    tr -d '\n'); $(grep -oE '(ERROR|RACECHECK) SUMMARY: .*' "$out/$1.txt" | tail -n 1)"
+  [[ $clean == ok ]] ||
+    grep -m 8 -E 'Error|Invalid|hazard|FAILED| at .*\.cuh?:' "$out/$1.txt" |
+    tee -a "$out/summary.txt"
+}
+
+if sanitizer=$(find_tool compute-sanitizer); then
+  echo '== compute-sanitizer'
+  seconds=$SECONDS
+  # Between the operands, so that a far overrun does not land in the next one.
+  padding=()
+  "$sanitizer" --help 2>&1 | grep -q -e '--padding' && padding=(--padding 4096)
+  tool memcheck "${padding[@]}" &
+  tool racecheck --racecheck-report all &
+  wait
+  judge memcheck 'ERROR SUMMARY: 0 errors'
+  judge racecheck 'RACECHECK SUMMARY: 0 hazards'
+  say "$((SECONDS - seconds)) s"
+else
+  say 'compute-sanitizer: MISSING, so memory and races were not checked'
+  failed=1
+fi
+
+echo '== Times'
+timeout 60 "$build/kernels_test" --times >"$out/times.txt" 2>&1 || {
+  failed=1
+  say "times: FAILED, $(tail -n 1 "$out/times.txt")"
+}
+
+echo '== Summary'
+{
+  nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>&1
+  "$nvcc" --version | tail -n 1
+  ((failed)) && echo 'cuda_check: FAILED' || echo 'cuda_check: all as it should be'
+  cat "$out/times.txt"
+} >>"$out/summary.txt"
+cat "$out/summary.txt"
+exit "$failed"
