@@ -20,7 +20,7 @@ import numpy as np
 
 import jax_fused_lora
 from jax_fused_lora import forms
-from jax_fused_lora.implementations import available_on, load
+from jax_fused_lora.implementations import available_on, default_platform, load
 
 OPS = ("lora_forward", "lora_linear")
 DIRECTIONS = ("forward", "forward+backward")
@@ -185,8 +185,7 @@ def route(case: Case, implementation: str | None = None) -> str:
         *(case.rows, case.in_features, case.out_features, case.rank, case.dtype),
         has_kernel=case.has_kernel,
     )
-    platform = jax.default_backend()
-    available = available_on({"gpu": "cuda"}.get(platform, platform))
+    available = available_on(default_platform())
     library = implementation or forms.best_library(available, problem)
     if library is None or library == "xla":
         return ""

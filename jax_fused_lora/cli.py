@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import jax_fused_lora
 from jax_fused_lora import bench, implementations, report, selftest
 from jax_fused_lora.bench import Case, Row
+from jax_fused_lora.implementations import default_platform
 from jax_fused_lora.selftest import Check, Duel, Result, Timing
 
 # A table that is piped into a file has no terminal to take its width from.
@@ -48,7 +49,7 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "device": device.device_kind,
-        "platform": device.platform,
+        "platform": default_platform(),
         "jax_fused_lora": jax_fused_lora.__version__,
         "jax": jax.__version__,
         "jaxlib": metadata.version("jaxlib"),

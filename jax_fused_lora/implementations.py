@@ -126,6 +126,12 @@ def load(name: str) -> Library:
     return Library(found, targets, module.product(), module.workspace)
 
 
+def default_platform() -> str:
+    """The platform of JAX's default device, by the name that lowering and `Implementation` use."""
+    backend = jax.default_backend()
+    return "cuda" if backend == "gpu" and available_on("cuda") else backend
+
+
 def available_on(serves: str) -> tuple[str, ...]:
     """The native libraries that serve a JAX platform here."""
     return tuple(

@@ -218,10 +218,8 @@ Backend ThisBackend() {
   Backend backend = {reinterpret_cast<void*>(kForward), reinterpret_cast<void*>(kBackward),
                      std::string(properties.name) + ", compute capability " +
                          std::to_string(properties.major) + "." + std::to_string(properties.minor)};
-#ifdef JAX_FUSED_LORA_SM90
   backend.workspace = Workspace;
-  backend.product = properties.major == 9 && properties.minor == 0;
-#endif
+  backend.product = GemmSm90RunsOn(properties.major, properties.minor);
   return backend;
 }
 
