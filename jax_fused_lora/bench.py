@@ -189,10 +189,10 @@ def route(case: Case, implementation: str | None = None) -> str:
     library = implementation or forms.best_library(available, problem)
     if library is None or library == "xla":
         return ""
-    product = load(library).product
-    chosen = [forms.forward_form(library, problem, product=product)]
+    options = {"product": load(library).product, "named": implementation is not None}
+    chosen = [forms.forward_form(library, problem, **options)]
     if case.backward:
-        chosen.append(forms.backward_form(library, problem, product=product))
+        chosen.append(forms.backward_form(library, problem, **options))
     named = " / ".join(chosen)
     return named if library == available[0] else f"{library}: {named}"
 

@@ -104,16 +104,18 @@ def _native_forward(
     (m, k), (r, n) = x.shape, lora_b.shape
     problem = _problem(x, lora_b, rest)
     library = _library(platform, implementation, problem)
-    product = library is not None and load(library).product
-    form = forms.forward_form(library, problem, product=product) if library else "xla"
-    if library is None or (form == "xla" and implementation is None):
+    named = implementation is not None
+    form = (
+        "xla"
+        if library is None
+        else forms.forward_form(library, problem, product=load(library).product, named=named)
+    )
+    if library is None or form == "xla":
         return _reference_forward(
             x, lora_a, lora_b, *rest, scaling=scaling, implementation=implementation
         )
-    if form == "base" and rest:
+    if form == "base":
         rest = (_base(library, x, rest[0], 0), *rest[1:])
-    elif form == "xla":  # native code was asked for by name
-        form = "kernel" if rest else "delta"
     in_place = form == "base" and x.dtype == jnp.float32
     on_cpu = library == "cpu"
     slices = _product_slices(m, k, n, x.dtype.itemsize) if on_cpu and form == "kernel" else 0
@@ -150,17 +152,19 @@ def _native_backward(
     (m, k), (r, n) = x.shape, lora_b.shape
     problem = _problem(x, lora_b, rest)
     library = _library(platform, implementation, problem)
-    product = library is not None and load(library).product
-    form = forms.backward_form(library, problem, product=product) if library else "xla"
-    if library is None or (form == "xla" and implementation is None):
+    named = implementation is not None
+    form = (
+        "xla"
+        if library is None
+        else forms.backward_form(library, problem, product=load(library).product, named=named)
+    )
+    if library is None or form == "xla":
         return _reference_backward(
             g, x, lora_a, lora_b, h, *rest,
             scaling=scaling, grads=grads, implementation=implementation,
         )  # fmt: skip
-    if form == "base" and rest:
+    if form == "base":
         rest = (_base(library, g, rest[0], 1),)
-    elif form == "xla":
-        form = "kernel" if rest else "delta"
     shapes = {"x": x, "a": lora_a, "b": lora_b}
     slices = _row_slices(m) if library == "cpu" else 1
     floats = {

@@ -9,8 +9,8 @@ The forms of a call that has a kernel W:
 * "base": XLA computes x·W in float32 and the call adds the low-rank part, in place where it can;
 * "xla": no native code, the definition as XLA compiles it.
 
-A call without W, "delta", is always native. On Metal "kernel" is the only form with W; on CUDA it
-is the one for few rows, and for any number where the library has a product of its own.
+A call without W, "delta", is always native, but for CUDA. On Metal "kernel" is the only form with
+W; on CUDA it is the one for few rows, and for any number where the library has a product of its own.
 
 The limits of the CPU's forms were measured with `benchmarks/forms.py`, jax 0.10.2, layers 512 to
 2048 wide, on two-core x86-64 servers: an Intel one with AVX-512 and AMX, an AMD one (Zen 3) with
@@ -104,31 +104,56 @@ _BACKWARD = {
 
 
 _CUDA_FEW_ROWS = 16  # that one pass over W serves
+# Rows from which the product with the rank inside it beats XLA on an H100, 4096→4096, bfloat16,
+# rank 16: 0.95 of XLA's time at 2048 and 0.88 at 8192; with the backward pass 1.04 and 0.94. The
+# other kernels lose there so far, and serve where they are asked for by name.
+_CUDA_FORWARD, _CUDA_BACKWARD = 2048, 8192
 
 
-def forward_form(library: str, problem: Problem, *, product: bool = False) -> str:
-    """The form of `lora_forward`; `product` as in `implementations.Library`."""
-    return _form(library, problem, _FORWARD, product and _tma_takes(problem))
+def forward_form(
+    library: str, problem: Problem, *, product: bool = False, named: bool = False
+) -> str:
+    """The form of `lora_forward`.
+
+    Args:
+        library: that takes the call.
+        problem: what it computes.
+        product: as in `implementations.Library`.
+        named: whether the user named the library; "xla" is then no answer.
+    """
+    if library == "cuda":
+        return _cuda_form(problem, product and _tma_takes(problem), _CUDA_FORWARD, named)
+    return _form(library, problem, _FORWARD, named)
 
 
-def backward_form(library: str, problem: Problem, *, product: bool = False) -> str:
-    """The form of `lora_backward`; `product` as in `implementations.Library`."""
-    # dx = g·Wᵀ + t·Aᵀ reads A as its rows lie, one rank after the other.
-    takes = _tma_takes(problem) and problem.rank % 8 == 0
-    return _form(library, problem, _BACKWARD, product and takes)
+def backward_form(
+    library: str, problem: Problem, *, product: bool = False, named: bool = False
+) -> str:
+    """The form of `lora_backward`; arguments as of `forward_form`."""
+    if library == "cuda":
+        # dx = g·Wᵀ + t·Aᵀ reads A as its rows lie, one rank after the other.
+        takes = _tma_takes(problem) and problem.rank % 8 == 0
+        return _cuda_form(problem, product and takes, _CUDA_BACKWARD, named)
+    return _form(library, problem, _BACKWARD, named)
 
 
-def _form(library: str, problem: Problem, limits: dict[str, _Limits], product: bool) -> str:
+def _form(library: str, problem: Problem, limits: dict[str, _Limits], named: bool) -> str:
     if not problem.has_kernel:
         return "delta"
-    if library == "metal":
-        return "kernel"
-    if library == "cuda":
-        return "kernel" if product or problem.rows <= _CUDA_FEW_ROWS else "base"
     limit = limits[_kind(problem.dtype)]
-    if problem.rows <= limit.kernel:
+    if library == "metal" or problem.rows <= limit.kernel:
         return "kernel"
-    return "base" if problem.rows >= limit.base else "xla"
+    if problem.rows >= limit.base:
+        return "base"
+    return "kernel" if named else "xla"
+
+
+def _cuda_form(problem: Problem, product: bool, limit: int, named: bool) -> str:
+    if not named and not (product and problem.has_kernel and problem.rows >= limit):
+        return "xla"
+    if not problem.has_kernel:
+        return "delta"
+    return "kernel" if product or problem.rows <= _CUDA_FEW_ROWS else "base"
 
 
 def _tma_takes(problem: Problem) -> bool:

@@ -1,0 +1,62 @@
+"""The rule that picks a form: what it says of GPUs, which no machine of the tests has.
+
+Of the CPU it is held to by the tests that run its forms, of Metal by tests/test_metal.py.
+"""
+
+import pytest
+
+from jax_fused_lora import forms
+from jax_fused_lora.forms import Problem
+
+
+def both(problem, **options):
+    forward = forms.forward_form("cuda", problem, **options)
+    return forward, forms.backward_form("cuda", problem, **options)
+
+
+def layer(rows, k=4096, n=4096, rank=16, dtype="bfloat16", has_kernel=True, wide_b=False):
+    return Problem(rows, k, n, rank, dtype, has_kernel, wide_b)
+
+
+@pytest.mark.parametrize(
+    ("rows", "forward", "backward"),
+    [(1, "xla", "xla"), (2048, "kernel", "xla"), (8192, "kernel", "kernel")],
+)
+def test_cuda_takes_by_default_what_it_is_faster_at(rows, forward, backward):
+    assert both(layer(rows), product=True) == (forward, backward)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        layer(8192, dtype="float32"),
+        layer(8192, k=4100),
+        layer(8192, n=4100),
+        layer(8192, wide_b=True),
+    ],
+    ids=["float32", "k", "n", "traced scaling"],
+)
+def test_what_the_copy_engine_cannot_read_is_left_to_xla(problem):
+    assert both(problem, product=True) == ("xla", "xla")
+    assert both(problem, product=True, named=True) == ("base", "base")
+
+
+def test_a_rank_of_no_whole_rows_is_left_to_xla_backward_only():
+    assert both(layer(8192, rank=12), product=True) == ("kernel", "xla")
+    assert both(layer(8192, rank=12), product=True, named=True) == ("kernel", "base")
+
+
+def test_a_library_without_the_product_serves_by_name():
+    assert both(layer(8192)) == ("xla", "xla")
+    assert both(layer(8192), named=True) == ("base", "base")
+    assert both(layer(16), named=True) == ("kernel", "kernel")
+    assert both(layer(16, has_kernel=False), named=True) == ("delta", "delta")
+
+
+def test_a_named_library_is_never_xla():
+    for library in ("cpu", "metal"):
+        for rows in (1, 100, 200, 1000):
+            for dtype in ("float32", "bfloat16", "float16"):
+                problem = layer(rows, dtype=dtype)
+                assert forms.forward_form(library, problem, named=True) != "xla"
+                assert forms.backward_form(library, problem, named=True) != "xla"
