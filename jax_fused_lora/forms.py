@@ -10,7 +10,8 @@ The forms of a call that has a kernel W:
 * "xla": no native code, the definition as XLA compiles it.
 
 A call without W, "delta", is always native, but for CUDA. On Metal "kernel" is the only form with
-W; on CUDA it is the one for few rows, and for any number where the library has a product of its own.
+W; on CUDA it is the one for few rows, and for any number where the library has a product of its
+own.
 
 The limits of the CPU's forms were measured with `benchmarks/forms.py`, jax 0.10.2, layers 512 to
 2048 wide, on two-core x86-64 servers: an Intel one with AVX-512 and AMX, an AMD one (Zen 3) with
