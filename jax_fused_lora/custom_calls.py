@@ -102,15 +102,8 @@ def _native_forward(
     implementation: str | None,
 ) -> Any:
     (m, k), (r, n) = x.shape, lora_b.shape
-    problem = _problem(x, lora_b, rest)
-    library = _library(platform, implementation, problem)
-    named = implementation is not None
-    form = (
-        "xla"
-        if library is None
-        else forms.forward_form(library, problem, product=load(library).product, named=named)
-    )
-    if library is None or form == "xla":
+    library, form = _route(forms.forward_form, platform, implementation, x, lora_b, rest)
+    if form == "xla":
         return _reference_forward(
             x, lora_a, lora_b, *rest, scaling=scaling, implementation=implementation
         )
@@ -150,15 +143,8 @@ def _native_backward(
     implementation: str | None,
 ) -> Any:
     (m, k), (r, n) = x.shape, lora_b.shape
-    problem = _problem(x, lora_b, rest)
-    library = _library(platform, implementation, problem)
-    named = implementation is not None
-    form = (
-        "xla"
-        if library is None
-        else forms.backward_form(library, problem, product=load(library).product, named=named)
-    )
-    if library is None or form == "xla":
+    library, form = _route(forms.backward_form, platform, implementation, x, lora_b, rest)
+    if form == "xla":
         return _reference_backward(
             g, x, lora_a, lora_b, h, *rest,
             scaling=scaling, grads=grads, implementation=implementation,
@@ -184,18 +170,24 @@ def _native_backward(
     return results[:-1]
 
 
-def _problem(x: jax.Array, lora_b: jax.Array, rest: Sequence[jax.Array]) -> forms.Problem:
+def _route(
+    rule: Callable[..., str],
+    platform: str,
+    implementation: str | None,
+    x: jax.Array,
+    lora_b: jax.Array,
+    rest: Sequence[jax.Array],
+) -> tuple[str, str]:
+    """The native library that takes a call, and its form: "xla" where the definition does."""
     (m, k), (r, n) = x.shape, lora_b.shape
     wide_b = lora_b.dtype != x.dtype
-    return forms.Problem(m, k, n, r, x.dtype.name, has_kernel=bool(rest), wide_b=wide_b)
-
-
-def _library(platform: str, implementation: str | None, problem: forms.Problem) -> str | None:
-    """The native library that takes a call on a platform, None where the definition does."""
+    problem = forms.Problem(m, k, n, r, x.dtype.name, has_kernel=bool(rest), wide_b=wide_b)
     available = available_on(platform)
-    if implementation is not None:
-        return implementation if implementation in available else None
-    return forms.best_library(available, problem)
+    library = implementation or forms.best_library(available, problem)
+    if library not in available:
+        return "", "xla"
+    named = implementation is not None
+    return library, rule(library, problem, product=load(library).product, named=named)
 
 
 def _base(library: str, rows: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
