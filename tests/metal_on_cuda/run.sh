@@ -19,34 +19,10 @@ set -uo pipefail
 
 cd "$(dirname "$0")/../.."
 [[ $# -ge 1 ]] || { sed -n 2p "$0" >&2; exit 2; }
-mkdir -p "$1"
-out=$(cd "$1" && pwd)
+source tests/cuda_tools.sh "$1"
 python=${2:-python3}
 here=tests/metal_on_cuda
-build=$(mktemp -d)
-trap 'rm -rf "$build"' EXIT
-failed=0
-
-say() { echo "$*" | tee -a "$out/summary.txt"; }
-: >"$out/summary.txt"
-
-# The path of one of CUDA's programs.
-find_tool() {
-  local path
-  for path in "$(command -v "$1")" "${CUDA_HOME:-/usr/local/cuda}"/{bin,compute-sanitizer}/"$1" \
-    /usr/local/cuda*/{bin,compute-sanitizer}/"$1"; do
-    [[ -n $path && -x $path ]] && { echo "$path"; return; }
-  done
-  echo "no $1: not on PATH nor in CUDA_HOME or /usr/local/cuda" >&2
-  return 1
-}
-
-nvcc=$(find_tool nvcc) || exit 2
 ffi=${XLA_FFI_INCLUDE:-$("$python" -c 'import jax.ffi; print(jax.ffi.include_dir())')} || exit 2
-capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)
-capability=${capability//[^0-9]/}
-target=(-arch=native)
-[[ -n $capability ]] && target=(-gencode "arch=compute_$capability,code=sm_$capability")
 flags=(-std=c++17 -O2 -Xcompiler -Wall -I "$here" -I . -I shaders -isystem "$ffi")
 
 # Compiles what generate.py writes for a type and any more of its arguments.
