@@ -1,98 +1,24 @@
-"""The two custom calls as JAX primitives: result shapes, lowering, batching rule.
+"""The two FFI calls on one device: which library and form, results, workspace and attributes.
 
-`lora_forward_p` and `lora_backward_p` stand for the mathematics on any platform. What becomes of
-them is decided when they are lowered, where the platform is known at last: on a platform with
-native libraries the rule in `forms` picks one and its form and the FFI call is made; elsewhere the
-definition is compiled. A partitioning rule belongs between the two: in `_native_forward` and
-`_native_backward`, around the FFI call.
+`forward` and `backward` compute what `primitives` defines, on operands with batch axes in front and
+row axes after those.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
 
-from jax_fused_lora import forms, reference
-from jax_fused_lora.implementations import available_on, implementations, load
-
-lora_forward_p = Primitive("lora_forward")
-lora_backward_p = Primitive("lora_backward")
-for _primitive in (lora_forward_p, lora_backward_p):
-    _primitive.multiple_results = True
+from jax_fused_lora import batch, forms, reference
+from jax_fused_lora.implementations import available_on, load
 
 
 def forward(
-    x: jax.Array,
-    lora_a: jax.Array,
-    lora_b: jax.Array,
-    kernel: jax.Array | None,
-    bias: jax.Array | None,
-    *,
-    scaling: float,
-    implementation: str | None,
-) -> tuple[jax.Array, jax.Array]:
-    """`reference.forward` for two-dimensional x, by custom call where one serves."""
-    rest = [operand for operand in (kernel, bias) if operand is not None]
-    y, h = lora_forward_p.bind(
-        x, lora_a, lora_b, *rest, scaling=scaling, implementation=implementation
-    )
-    return y, h
-
-
-def backward(
-    g: jax.Array,
-    x: jax.Array,
-    lora_a: jax.Array,
-    lora_b: jax.Array,
-    h: jax.Array,
-    kernel: jax.Array | None,
-    *,
-    scaling: float,
-    grads: str,
-    implementation: str | None,
-) -> tuple[jax.Array, ...]:
-    """`reference.backward`, by custom call where one serves."""
-    rest = [] if kernel is None or "x" not in grads else [kernel]
-    return tuple(
-        lora_backward_p.bind(
-            g, x, lora_a, lora_b, h, *rest,
-            scaling=scaling, grads=grads, implementation=implementation,
-        )
-    )  # fmt: skip
-
-
-# ---- The mathematics, and its native form on one platform.
-
-
-def _reference_forward(*operands: jax.Array, scaling: float, implementation: str | None) -> Any:
-    _must_serve(implementation)
-    return reference.forward(*operands, scaling=scaling)
-
-
-def _reference_backward(
-    *operands: jax.Array, scaling: float, grads: str, implementation: str | None
-) -> Any:
-    _must_serve(implementation)
-    return reference.backward(*operands, scaling=scaling, grads=grads)
-
-
-def _must_serve(implementation: str | None) -> None:
-    """The definition stands in for any implementation but one that was asked for by name."""
-    if implementation is not None:
-        platform = implementations()[implementation].platform
-        raise ValueError(
-            f"implementation={implementation!r} serves platform {platform!r}, and this program is "
-            "compiled for another one; pass implementation=None to take what serves it"
-        )
-
-
-def _native_forward(
+    definition: Callable[..., Any],
     x: jax.Array,
     lora_a: jax.Array,
     lora_b: jax.Array,
@@ -101,36 +27,43 @@ def _native_forward(
     scaling: float,
     implementation: str | None,
 ) -> Any:
-    (m, k), (r, n) = x.shape, lora_b.shape
-    library, form = _route(forms.forward_form, platform, implementation, x, lora_b, rest)
+    """The two results, by custom call where one serves, else as `definition` has them."""
+    sizes = _Sizes.of(x, lora_a, lora_b, rest[:1], *rest[1:])
+    library, form = _route(forms.forward_form, platform, implementation, sizes, lora_b)
     if form == "xla":
-        return _reference_forward(
-            x, lora_a, lora_b, *rest, scaling=scaling, implementation=implementation
-        )
+        return definition(x, lora_a, lora_b, *rest, scaling=scaling, implementation=implementation)
+    axes, m, k, n, r = sizes.axes, sizes.m, sizes.k, sizes.n, sizes.r
+    x = x.reshape(*x.shape[:axes], m, k)
+    operands = (x, lora_a, lora_b, *rest)
     if form == "base":
-        rest = (_base(library, x, rest[0], 0), *rest[1:])
-    in_place = form == "base" and x.dtype == jnp.float32
-    on_cpu = library == "cpu"
-    slices = _product_slices(m, k, n, x.dtype.itemsize) if on_cpu and form == "kernel" else 0
+        operands = (*operands[:3], _base(library, axes, x, rest[0], 0), *rest[1:])
+    slices = 1
+    if library == "cpu" and form == "kernel":
+        slices = _product_slices(sizes.product_rows, k, n, x.dtype.itemsize)
     floats = {
-        "cpu": lambda: r * (k + _padded(n)) + n + slices * m * n,
+        "cpu": lambda: (
+            _count(lora_a, axes) * r * k
+            + _count(lora_b, axes) * r * _padded(n)
+            + sum(_count(bias, axes) for bias in rest[1:]) * n
+            + (slices * sizes.products * sizes.product_rows * n if form == "kernel" else 0)
+        ),
         "metal": lambda: 0,
         "cuda": lambda: load("cuda").workspace(m, k, n, r, form, ""),
     }[library]()
     y, h, _ = jax.ffi.ffi_call(
         load(library).targets["lora_forward"],
         (
-            jax.ShapeDtypeStruct((m, n), x.dtype),
-            jax.ShapeDtypeStruct((m, r), jnp.float32),
+            jax.ShapeDtypeStruct((*sizes.batch, m, n), x.dtype),
+            jax.ShapeDtypeStruct((*sizes.batch, m, r), jnp.float32),
             _workspace(floats),
         ),
-        input_output_aliases={3: 0} if in_place else None,
-    )(x, lora_a, lora_b, *rest,
-      scaling=np.float32(scaling), form=form, slices=np.int64(max(slices, 1)))  # fmt: skip
-    return y, h
+        input_output_aliases=_in_place(form, operands, 3, (*sizes.batch, m, n)),
+    )(*operands, scaling=np.float32(scaling), form=form, slices=np.int64(slices))
+    return y.reshape(*sizes.batch, *sizes.rows, n), h.reshape(*sizes.batch, *sizes.rows, r)
 
 
-def _native_backward(
+def backward(
+    definition: Callable[..., Any],
     g: jax.Array,
     x: jax.Array,
     lora_a: jax.Array,
@@ -142,46 +75,108 @@ def _native_backward(
     grads: str,
     implementation: str | None,
 ) -> Any:
-    (m, k), (r, n) = x.shape, lora_b.shape
-    library, form = _route(forms.backward_form, platform, implementation, x, lora_b, rest)
+    """Those of dx, dA and dB that `grads` names, as `forward` has y and h."""
+    sizes = _Sizes.of(g, lora_a, lora_b, rest, x, h)
+    library, form = _route(forms.backward_form, platform, implementation, sizes, lora_b)
     if form == "xla":
-        return _reference_backward(
+        return definition(
             g, x, lora_a, lora_b, h, *rest,
             scaling=scaling, grads=grads, implementation=implementation,
         )  # fmt: skip
+    axes, m, k, n, r = sizes.axes, sizes.m, sizes.k, sizes.n, sizes.r
+    g, x, h = (o.reshape(*o.shape[:axes], m, o.shape[-1]) for o in (g, x, h))
+    operands = (g, x, lora_a, lora_b, h, *rest)
     if form == "base":
-        rest = (_base(library, g, rest[0], 1),)
-    shapes = {"x": x, "a": lora_a, "b": lora_b}
-    slices = _row_slices(m) if library == "cpu" else 1
+        operands = (*operands[:5], _base(library, axes, g, rest[0], 1))
+    count = math.prod(sizes.batch)
+    slices = _row_slices(m) if library == "cpu" and count == 1 else 1
     floats = {
-        "cpu": lambda: r * (m + _padded(k) + n + slices * (k + n)),
+        "cpu": lambda: (
+            count * r * (m + slices * (k + n))
+            + _count(lora_a, axes) * r * _padded(k)
+            + _count(lora_b, axes) * r * n
+        ),
         "metal": lambda: r * m,  # t
         "cuda": lambda: load("cuda").workspace(m, k, n, r, form, grads),
     }[library]()
-    results = jax.ffi.ffi_call(
+    likes = {"x": x, "a": lora_a, "b": lora_b}
+    *results, _ = jax.ffi.ffi_call(
         load(library).targets["lora_backward"],
         (
-            *(jax.ShapeDtypeStruct(shapes[w].shape, shapes[w].dtype) for w in grads),
+            *(
+                jax.ShapeDtypeStruct((*sizes.batch, *likes[w].shape[axes:]), likes[w].dtype)
+                for w in grads
+            ),
             _workspace(floats),
         ),
-        input_output_aliases={5: 0} if form == "base" and x.dtype == jnp.float32 else None,
-    )(g, x, lora_a, lora_b, h, *rest,
-      scaling=np.float32(scaling), form=form, grads=grads, slices=np.int64(slices))  # fmt: skip
-    return results[:-1]
+        input_output_aliases=_in_place(form, operands, 5, (*sizes.batch, m, k)),
+    )(*operands, scaling=np.float32(scaling), form=form, grads=grads, slices=np.int64(slices))
+    if "x" in grads:
+        results[0] = results[0].reshape(*sizes.batch, *sizes.rows, k)
+    return tuple(results)
+
+
+class _Sizes(NamedTuple):
+    """Of a call: its batch and row axes, an element's sizes, and how often x·W is multiplied."""
+
+    axes: int
+    batch: tuple[int, ...]
+    rows: tuple[int, ...]
+    m: int
+    k: int
+    n: int
+    r: int
+    products: int  # with a W of their own; 0 without W
+    product_rows: int  # of each of them
+    dtype: str
+
+    @classmethod
+    def of(
+        cls,
+        swept: jax.Array,
+        lora_a: jax.Array,
+        lora_b: jax.Array,
+        kernel: Sequence[jax.Array],
+        *others: jax.Array,
+    ) -> "_Sizes":
+        """`swept` is what W multiplies: x, or g; `kernel` has it, or nothing."""
+        axes = lora_a.ndim - 2
+        sizes = batch.full([swept, lora_a, lora_b, *kernel, *others], axes)
+        rows = swept.shape[axes:-1]
+        m, count = math.prod(rows), math.prod(sizes)
+        (k, r), n = lora_a.shape[axes:], lora_b.shape[-1]
+        shared = [_count(w, axes) == 1 for w in kernel]
+        products = sum(1 if all_share else count for all_share in shared)
+        product_rows = m * _count(swept, axes) if any(shared) else m
+        return cls(axes, sizes, rows, m, k, n, r, products, product_rows, swept.dtype.name)
+
+
+def _count(operand: jax.Array, axes: int) -> int:
+    """Elements of a batch that have an operand of their own."""
+    return math.prod(operand.shape[:axes])
 
 
 def _route(
     rule: Callable[..., str],
     platform: str,
     implementation: str | None,
-    x: jax.Array,
+    sizes: _Sizes,
     lora_b: jax.Array,
-    rest: Sequence[jax.Array],
 ) -> tuple[str, str]:
     """The native library that takes a call, and its form: "xla" where the definition does."""
-    (m, k), (r, n) = x.shape, lora_b.shape
-    wide_b = lora_b.dtype != x.dtype
-    problem = forms.Problem(m, k, n, r, x.dtype.name, has_kernel=bool(rest), wide_b=wide_b)
+    if not all(isinstance(size, int) for size in (sizes.product_rows, sizes.k, sizes.n, sizes.r)):
+        if implementation is not None:
+            raise ValueError(
+                f"implementation={implementation!r} needs sizes that are known when a program is "
+                f"compiled, x is ({sizes.m}, {sizes.k}) and B ({sizes.r}, {sizes.n}); pass None or "
+                "'xla'"
+            )
+        return "", "xla"
+    problem = forms.Problem(
+        sizes.product_rows, sizes.k, sizes.n, sizes.r, sizes.dtype,
+        has_kernel=sizes.products > 0, wide_b=lora_b.dtype != sizes.dtype,
+        shared_kernel=sizes.products == 1 < math.prod(sizes.batch),
+    )  # fmt: skip
     available = available_on(platform)
     library = implementation or forms.best_library(available, problem)
     if library not in available:
@@ -190,11 +185,20 @@ def _route(
     return library, rule(library, problem, product=load(library).product, named=named)
 
 
-def _base(library: str, rows: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
+def _base(library: str, axes: int, rows: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
     """x·W (axis 0) or g·Wᵀ (axis 1) in float32, by XLA."""
     if forms.widens_base(library, rows.dtype):
         rows, kernel = rows.astype(jnp.float32), kernel.astype(jnp.float32)
-    return reference.contract(rows, kernel, 1, axis)
+    return batch.each(lambda x, w: reference.contract(x, w, -1, axis), axes, [rows, kernel])
+
+
+def _in_place(
+    form: str, operands: Sequence[jax.Array], index: int, result: tuple[int, ...]
+) -> dict[int, int] | None:
+    """Where the result may take the buffer of the base that it completes."""
+    if form != "base" or operands[0].dtype != jnp.float32 or operands[index].shape != result:
+        return None
+    return {index: 0}
 
 
 def _workspace(floats: int) -> jax.ShapeDtypeStruct:
@@ -224,84 +228,3 @@ def _row_slices(m: int) -> int:
     From 8 rows on two slices pay, whatever their size: a second core has work.
     """
     return max(1, min(2, m // 8), min(os.cpu_count() or 1, m // 32))
-
-
-# ---- Rules.
-
-
-def _register(primitive: Primitive, fallback: Callable[..., Any], native: Callable[..., Any]):
-    primitive.def_impl(lambda *args, **params: jax.jit(partial(primitive.bind, **params))(*args))
-    mlir.register_lowering(primitive, mlir.lower_fun(fallback, multiple_results=True))
-    for platform in ("cpu", "cuda"):
-        if available_on(platform):
-            mlir.register_lowering(
-                primitive,
-                mlir.lower_fun(partial(native, platform=platform), multiple_results=True),
-                platform=platform,
-            )
-
-
-_register(lora_forward_p, _reference_forward, _native_forward)
-_register(lora_backward_p, _reference_backward, _native_backward)
-
-
-@lora_forward_p.def_abstract_eval
-def _forward_shapes(x: Any, lora_a: Any, lora_b: Any, *rest: Any, **params: Any) -> Any:
-    return (
-        x.update(shape=(x.shape[0], lora_b.shape[1]), weak_type=False),
-        x.update(
-            shape=(x.shape[0], lora_a.shape[1]),
-            dtype=reference.accumulator(x.dtype),
-            weak_type=False,
-        ),
-    )
-
-
-@lora_backward_p.def_abstract_eval
-def _backward_shapes(
-    g: Any, x: Any, lora_a: Any, lora_b: Any, *rest: Any, grads: str, **params: Any
-) -> Any:
-    operands = {"x": x, "a": lora_a, "b": lora_b}
-    return tuple(operands[w].update(weak_type=False) for w in grads)
-
-
-def _batch(
-    primitive: Primitive,
-    rows: Sequence[int],
-    operands: Sequence[jax.Array],
-    dims: Sequence[Any],
-    **params: Any,
-) -> tuple[Any, Any]:
-    """Batches a call: folds the batch into its rows, or maps over it one call at a time.
-
-    Folding needs that no operand without rows is mapped, and every result to have rows. Otherwise
-    `jax.lax.map` runs the calls in turn; an operand that is not mapped is never copied per element.
-    """
-    mapped = {i for i, dim in enumerate(dims) if dim is not None}
-    size = next(operands[i].shape[dims[i]] for i in mapped)
-    moved = [
-        operand if dim is None else jnp.moveaxis(operand, dim, 0)
-        for operand, dim in zip(operands, dims, strict=True)
-    ]
-    if mapped <= set(rows) and params.get("grads", "x") == "x":
-        m = moved[rows[0]].shape[-2]
-        folded = [
-            jnp.broadcast_to(o, (size, *o.shape[-2:])).reshape(size * m, o.shape[-1])
-            if i in rows
-            else o
-            for i, o in enumerate(moved)
-        ]
-        results = [r.reshape(size, m, r.shape[1]) for r in primitive.bind(*folded, **params)]
-    else:
-
-        def one(batched: Sequence[jax.Array]) -> Any:
-            rest = iter(batched)
-            full = [next(rest) if i in mapped else moved[i] for i in range(len(moved))]
-            return primitive.bind(*full, **params)
-
-        results = jax.lax.map(one, [moved[i] for i in sorted(mapped)])
-    return results, [0] * len(results)
-
-
-batching.primitive_batchers[lora_forward_p] = partial(_batch, lora_forward_p, (0,))
-batching.primitive_batchers[lora_backward_p] = partial(_batch, lora_backward_p, (0, 1, 4))

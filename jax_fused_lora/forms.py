@@ -45,13 +45,14 @@ class Problem(NamedTuple):
     """What the rule looks at.
 
     Attributes:
-        rows: M, all leading axes of x together.
+        rows: M, all leading axes of x together; of a batch that shares W, those of all elements.
         k: in_features.
         n: out_features.
         rank: of the adapter.
         dtype: of x, A, W.
         has_kernel: whether there is a W to multiply.
         wide_b: whether B is float32 under a 16-bit x, a traced scaling folded into it.
+        shared_kernel: whether a batch of adapters shares W.
     """
 
     rows: int
@@ -61,6 +62,7 @@ class Problem(NamedTuple):
     dtype: str
     has_kernel: bool
     wide_b: bool = False
+    shared_kernel: bool = False
 
 
 def best_library(available: Collection[str], problem: Problem) -> str | None:
@@ -150,10 +152,13 @@ def _form(library: str, problem: Problem, limits: dict[str, _Limits], named: boo
 
 
 def _cuda_form(problem: Problem, product: bool, limit: int, named: bool) -> str:
-    if not named and not (product and problem.has_kernel and problem.rows >= limit):
+    whole = product and problem.has_kernel and not problem.shared_kernel
+    if not named and not (whole and problem.rows >= limit):
         return "xla"
     if not problem.has_kernel:
         return "delta"
+    if problem.shared_kernel:  # "kernel" would sweep W for each adapter
+        return "base"
     return "kernel" if product or problem.rows <= _CUDA_FEW_ROWS else "base"
 
 

@@ -1,18 +1,18 @@
 """`lora_forward` and `lora_linear`: what a user calls."""
 
-import dataclasses
-import math
 import numbers
 from functools import partial
 from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from jax_fused_lora import custom_calls, forms, reference
+from jax_fused_lora import forms, primitives, reference
 from jax_fused_lora.implementations import implementations
+
+OutSharding = NamedSharding | PartitionSpec | None
 
 _NATIVE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -24,12 +24,15 @@ def lora_forward(
     *,
     scaling: float | jax.Array = 1.0,
     implementation: str | None = None,
+    out_sharding: OutSharding = None,
 ) -> jax.Array:
     """The low-rank part of a LoRA layer alone: `scaling · (x·A)·B`.
 
     LoRA: Hu et al., 2021, arXiv:2106.09685, equation 3. Sums are taken in float32 and rounded
-    once to x's dtype. Differentiable for x, lora_a, lora_b and a traced scaling; only the
-    gradients that are asked for are computed.
+    once to x's dtype. Differentiable for x, lora_a, lora_b and a traced scaling, in both modes and
+    to any order; only the gradients that are asked for are computed. Besides its operands a layer
+    keeps `h = x·A` for the backward pass, which policies of `jax.checkpoint` know as "lora_h":
+    `jax.checkpoint_policies.save_only_these_names("lora_h")`.
 
     Args:
         x: `(..., in_features)`, float32, bfloat16 or float16; another floating dtype is computed
@@ -40,6 +43,8 @@ def lora_forward(
             is an operand and has a gradient.
         implementation: one of `implementations()` by name, or None for the best that serves the
             platform, dtype and shape.
+        out_sharding: the sharding of the result on a mesh with Explicit axes, as of `jnp.einsum`;
+            needed where in_features is sharded.
 
     Returns:
         `(..., out_features)`, x's dtype.
@@ -48,7 +53,7 @@ def lora_forward(
         ValueError: a shape does not fit, or the named implementation cannot serve.
         TypeError: dtypes differ or are not floating.
     """
-    return _lora(x, lora_a, lora_b, None, None, scaling, implementation)
+    return _lora(x, lora_a, lora_b, None, None, scaling, implementation, out_sharding)
 
 
 def lora_linear(
@@ -60,6 +65,7 @@ def lora_linear(
     bias: ArrayLike | None = None,
     scaling: float | jax.Array = 1.0,
     implementation: str | None = None,
+    out_sharding: OutSharding = None,
 ) -> jax.Array:
     """A linear layer with its LoRA adapter: `x·W + bias + scaling · (x·A)·B`.
 
@@ -74,6 +80,7 @@ def lora_linear(
         bias: `(out_features,)`, x's dtype, or None.
         scaling: as in `lora_forward`.
         implementation: as in `lora_forward`.
+        out_sharding: as in `lora_forward`.
 
     Returns:
         `(..., out_features)`, x's dtype.
@@ -84,7 +91,7 @@ def lora_linear(
     """
     if kernel is None:
         raise TypeError("lora_linear: kernel is None; for the low-rank part alone use lora_forward")
-    return _lora(x, lora_a, lora_b, kernel, bias, scaling, implementation)
+    return _lora(x, lora_a, lora_b, kernel, bias, scaling, implementation, out_sharding)
 
 
 def _lora(
@@ -95,6 +102,7 @@ def _lora(
     bias: ArrayLike | None,
     scaling: float | jax.Array,
     implementation: str | None,
+    out_sharding: OutSharding,
 ) -> jax.Array:
     given = {"x": x, "kernel": kernel, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
     operands = {name: _array(name, value) for name, value in given.items() if value is not None}
@@ -103,17 +111,61 @@ def _lora(
     scaling = _check_scaling(scaling)
     _check_implementation(implementation, operands["x"].dtype, operands["lora_a"].shape[1])
 
-    x, lora_a, lora_b = operands["x"], operands["lora_a"], operands["lora_b"]
-    kernel, bias = operands.get("kernel"), operands.get("bias")
+    def compute(operands: dict[str, jax.Array], scaling: float | jax.Array) -> jax.Array:
+        return _compute(**operands, scaling=scaling, implementation=implementation)
+
+    sharding = _explicit_sharding(operands, out_sharding)
+    if sharding is None:
+        return compute(operands, scaling)
+    # Inside, all axes are Auto: what each device computes is decided as on any other mesh.
+    with jax.sharding.use_abstract_mesh(sharding.mesh):
+        return jax.sharding.auto_axes(compute, out_sharding=sharding)(operands, scaling)
+
+
+def _compute(
+    x: jax.Array,
+    lora_a: jax.Array,
+    lora_b: jax.Array,
+    kernel: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    scaling: float | jax.Array,
+    implementation: str | None,
+) -> jax.Array:
     if implementation == "xla" or x.dtype not in _NATIVE_DTYPES:
         return reference.forward(x, lora_a, lora_b, kernel, bias, scaling=scaling)[0]
     if not isinstance(scaling, float):
         # In float32, whatever B's dtype: in 16 bits the product would lose B's low bits.
         lora_b = scaling.astype(jnp.float32) * lora_b.astype(jnp.float32)
         scaling = 1.0
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # not -1, which an empty x leaves open
-    y = _call(_Static(scaling, implementation), *_varying_alike(rows, lora_a, lora_b, kernel, bias))
-    return y.reshape(*x.shape[:-1], lora_b.shape[1])
+    return primitives.forward(
+        *_varying_alike(x, lora_a, lora_b, kernel, bias),
+        scaling=scaling, implementation=implementation,
+    )  # fmt: skip
+
+
+def _explicit_sharding(
+    operands: dict[str, jax.Array], out_sharding: OutSharding
+) -> NamedSharding | None:
+    """The result's sharding on a mesh with Explicit axes; None where there are none.
+
+    It is what `jnp.einsum` says of x·W, whose error it raises where that is ambiguous.
+    """
+    meshes = [jax.typeof(operand).sharding.mesh for operand in operands.values()]
+    mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
+    if mesh is None and out_sharding is None:
+        return None
+    x, kernel = operands["x"], operands.get("kernel")
+    if kernel is None:  # A·B stands for W
+        lora_a, lora_b = operands["lora_a"], operands["lora_b"]
+        shape = (lora_a.shape[0], lora_b.shape[1])
+        kernel = jax.ShapeDtypeStruct(shape, x.dtype)
+        if mesh is not None:
+            k, n = (jax.typeof(o).sharding.spec[at] for o, at in ((lora_a, 0), (lora_b, 1)))
+            spec = PartitionSpec(k, None if k == n else n)
+            kernel = kernel.update(sharding=NamedSharding(mesh, spec))
+    product = partial(jnp.einsum, "...k,kn->...n", out_sharding=out_sharding)
+    return jax.eval_shape(product, x, kernel).sharding
 
 
 def _varying_alike(*operands: jax.Array | None) -> list[jax.Array | None]:
@@ -129,69 +181,6 @@ def _varying_alike(*operands: jax.Array | None) -> list[jax.Array | None]:
         o if o is None or own == every else jax.lax.pcast(o, tuple(every - own), to="varying")
         for o, own in zip(operands, vmas, strict=True)
     ]
-
-
-# ---- The differentiable call on two-dimensional operands.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    scaling: float
-    implementation: str | None
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Wanted:
-    """Which operands are differentiated; a residual without arrays."""
-
-    x: bool
-    lora_a: bool
-    lora_b: bool
-    kernel: bool
-    bias: bool
-
-    @property
-    def grads(self) -> str:
-        return "x" * self.x + "a" * self.lora_a + "b" * self.lora_b
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _call(static: _Static, x: Any, lora_a: Any, lora_b: Any, kernel: Any, bias: Any) -> jax.Array:
-    return custom_calls.forward(
-        x, lora_a, lora_b, kernel, bias,
-        scaling=static.scaling, implementation=static.implementation,
-    )[0]  # fmt: skip
-
-
-def _call_fwd(static: _Static, *primals: Any) -> Any:
-    wanted = _Wanted(*(primal is not None and primal.perturbed for primal in primals))
-    values: Any = [None if primal is None else primal.value for primal in primals]
-    x, lora_a, lora_b, kernel, bias = values
-    y, h = custom_calls.forward(
-        x, lora_a, lora_b, kernel, bias,
-        scaling=static.scaling, implementation=static.implementation,
-    )  # fmt: skip
-    return y, (wanted, x, lora_a, lora_b, kernel, h)
-
-
-def _call_bwd(static: _Static, residuals: Any, g: Any) -> Any:
-    wanted, x, lora_a, lora_b, kernel, h = residuals
-    if isinstance(g, SymbolicZero):
-        return (None,) * 5
-    named = {}
-    if wanted.grads:
-        results = custom_calls.backward(
-            g, x, lora_a, lora_b, h, kernel,
-            scaling=static.scaling, grads=wanted.grads, implementation=static.implementation,
-        )  # fmt: skip
-        named = dict(zip(wanted.grads, results, strict=True))
-    d_kernel = reference.contract(x, g, 0, 0).astype(kernel.dtype) if wanted.kernel else None
-    d_bias = g.sum(0, dtype=reference.accumulator(g.dtype)).astype(g.dtype) if wanted.bias else None
-    return named.get("x"), named.get("a"), named.get("b"), d_kernel, d_bias
-
-
-_call.defvjp(_call_fwd, _call_bwd, symbolic_zeros=True)
 
 
 # ---- Checks, before anything is compiled.

@@ -7,7 +7,7 @@ Whatever the storage type, sums are taken in float32 (float64 for float64) and r
 the way out.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -19,32 +19,39 @@ def accumulator(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+Axes = int | tuple[int, ...]
+
+
 def contract(
     a: jax.Array,
     b: jax.Array,
-    axis_a: int,
-    axis_b: int,
+    axes_a: Axes,
+    axes_b: Axes,
     precision: lax.Precision | None = None,
 ) -> jax.Array:
-    """The sum over one axis of each of two arrays of one dtype, in the accumulator's type.
+    """The sum over the given axes of two arrays of one dtype, in the accumulator's type.
 
     Says which axes instead of transposing: XLA's CPU compiler turns `a @ b.T` in bfloat16 into
     a product five times slower (jax 0.10.2 and 0.12.0, 256×1024→1024).
     """
-    axes = (((axis_a % a.ndim,), (axis_b % b.ndim,)), ((), ()))
+    summed = _axes(axes_a, a.ndim), _axes(axes_b, b.ndim)
     return lax.dot_general(
-        a, b, axes, precision=precision, preferred_element_type=accumulator(a.dtype)
+        a, b, (summed, ((), ())), precision=precision, preferred_element_type=accumulator(a.dtype)
     )
 
 
-def contract_narrow(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+def contract_narrow(a: jax.Array, b: jax.Array, axes_a: Axes, axes_b: Axes) -> jax.Array:
     """`contract` where one side of the product is as narrow as the rank.
 
     In float32 it is one: GPUs would otherwise round its operands to TF32's ten bits, in h even for
     operands of 16 bits. The wide product x·W is left to JAX's own `jax_default_matmul_precision`.
     """
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return contract(a, b, axis_a, axis_b, precision)
+    return contract(a, b, axes_a, axes_b, precision)
+
+
+def _axes(axes: Axes, ndim: int) -> tuple[int, ...]:
+    return tuple(axis % ndim for axis in ((axes,) if isinstance(axes, int) else axes))
 
 
 def forward(
@@ -95,11 +102,11 @@ def backward(
     arXiv:2106.09685, section 4.1 differentiated).
 
     Args:
-        g: `(rows, out_features)`, the cotangent of y.
-        x: `(rows, in_features)`.
+        g: `(..., out_features)`, the cotangent of y.
+        x: `(..., in_features)`.
         lora_a: `(in_features, rank)`.
         lora_b: `(rank, out_features)`.
-        h: `(rows, rank)`, as `forward` returned it.
+        h: `(..., rank)`, as `forward` returned it.
         kernel: `(in_features, out_features)` or None.
         scaling: a scalar.
         grads: letters of "xab".
@@ -108,15 +115,60 @@ def backward(
         The gradients, each in the dtype of its operand.
     """
     wide = h.dtype
-    t = scaling * contract_narrow(g.astype(wide), lora_b.astype(wide), 1, 1)
+    rows = tuple(range(x.ndim - 1))
+    t = scaling * contract_narrow(g.astype(wide), lora_b.astype(wide), -1, 1)
     results = []
     if "x" in grads:
-        dx = contract_narrow(t, lora_a.astype(wide), 1, 1)
+        dx = contract_narrow(t, lora_a.astype(wide), -1, 1)
         if kernel is not None:
-            dx += contract(g, kernel, 1, 1)
+            dx += contract(g, kernel, -1, 1)
         results.append(dx.astype(x.dtype))
     if "a" in grads:
-        results.append(contract_narrow(x.astype(wide), t, 0, 0).astype(lora_a.dtype))
+        results.append(contract_narrow(x.astype(wide), t, rows, rows).astype(lora_a.dtype))
     if "b" in grads:
-        results.append((scaling * contract_narrow(h, g.astype(wide), 0, 0)).astype(lora_b.dtype))
+        db = scaling * contract_narrow(h, g.astype(wide), rows, rows)
+        results.append(db.astype(lora_b.dtype))
     return tuple(results)
+
+
+def tangent(
+    x: jax.Array,
+    lora_a: jax.Array,
+    lora_b: jax.Array,
+    h: jax.Array,
+    kernel: jax.Array | None = None,
+    *,
+    scaling: float,
+    dots: Mapping[str, jax.Array],
+) -> jax.Array:
+    """How y moves with its operands: `ẏ = ẋ·W + x·Ẇ + ḃias + s·((ẋ·A + x·Ȧ)·B + h·Ḃ)`.
+
+    Args:
+        x: `(..., in_features)`.
+        lora_a: `(in_features, rank)`.
+        lora_b: `(rank, out_features)`.
+        h: `(..., rank)`, as `forward` returned it.
+        kernel: `(in_features, out_features)` or None.
+        scaling: a scalar.
+        dots: the tangents that are not zero, by the letters "x", "a", "b", "w" for W and "c" for
+            bias.
+
+    Returns:
+        `(..., out_features)` in the accumulator's dtype; linear in the tangents, and for x, A and B
+        what `backward` is the transpose of.
+    """
+    wide = h.dtype
+    h_dot = [contract_narrow(dots["x"], lora_a, -1, 0)] if "x" in dots else []
+    if "a" in dots:
+        h_dot.append(contract_narrow(x, dots["a"], -1, 0))
+    y_dot = [scaling * contract_narrow(sum(h_dot), lora_b.astype(wide), -1, 0)] if h_dot else []
+    if "b" in dots:
+        y_dot.append(scaling * contract_narrow(h, dots["b"].astype(wide), -1, 0))
+    if "x" in dots and kernel is not None:
+        y_dot.append(contract(dots["x"], kernel, -1, 0))
+    if "w" in dots:
+        y_dot.append(contract(x, dots["w"], -1, 0))
+    if "c" in dots:
+        shape = (*x.shape[:-1], dots["c"].shape[0])
+        y_dot.append(jnp.broadcast_to(dots["c"].astype(wide), shape))
+    return sum(y_dot)

@@ -2,15 +2,23 @@
 // backends. A backend's handler decodes with ReadForward or ReadBackward and may then trust
 // every pointer and size; a mismatch becomes an ffi::Error that names the operand, what it was
 // and what was needed.
+//
+// A call may be a batch of layers: every operand then has the same number of batch axes in front,
+// each of the full size or, where all elements along it share the operand, of size 1. Results have
+// the full sizes, and each element's gradients are its own.
 #ifndef JAX_FUSED_LORA_NATIVE_CALLS_H_
 #define JAX_FUSED_LORA_NATIVE_CALLS_H_
 
 #include <algorithm>
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 #include "xla/ffi/api/ffi.h"
@@ -24,39 +32,114 @@ namespace ffi = xla::ffi;
 // caller may alias the two buffers.
 enum class Form { kDelta, kKernel, kBase };
 
-// What both calls have in common.
+// The product of sizes; the largest number there is where it would be larger, as where the sizes
+// are those of no buffer that exists.
+template <class Sizes = std::initializer_list<int64_t>>
+int64_t Product(const Sizes& sizes) {
+  int64_t product = 1;
+  for (int64_t size : sizes) {
+    if (__builtin_mul_overflow(product, size, &product)) {
+      product = std::numeric_limits<int64_t>::max();
+    }
+  }
+  return product;
+}
+
+// The batch axes of a call.
+struct Batch {
+  static constexpr size_t kMaxAxes = 16;
+
+  std::array<int64_t, kMaxAxes> sizes = {};
+  size_t axes = 0;
+  int64_t count = 1;  // elements to compute: 0 where no result has room for a number
+};
+
+// An operand or a result: a matrix, or a row, for each element of the batch. As a pointer it is
+// that to the first.
+template <class T>
+struct Batched {
+  Batched(T* data = nullptr) : data(data) {}
+  operator T*() const { return data; }
+
+  // Of its own matrices, which there are `count` of.
+  T* Own(int64_t index) const {
+    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(data) + index * bytes);
+  }
+  // Which of them is that of an element of the batch.
+  int64_t Index(const Batch& batch, int64_t element) const {
+    if (count == 1) return 0;
+    if (count == batch.count) return element;
+    int64_t index = 0, stride = 1;
+    for (size_t axis = batch.axes; axis-- > 0; element /= batch.sizes[axis]) {
+      if (axes[axis] == 1) continue;
+      index += element % batch.sizes[axis] * stride;
+      stride *= axes[axis];
+    }
+    return index;
+  }
+  T* At(const Batch& batch, int64_t element) const { return Own(Index(batch, element)); }
+
+  T* data;
+  const int64_t* axes = nullptr;  // each 1 or the batch's; XLA's, who keeps them during the call
+  int64_t count = 1;              // their product
+  int64_t bytes = 0;              // of a matrix
+};
+
+// What both calls have in common. Shapes are those of an element of the batch.
 struct Call {
   int64_t m = 0, k = 0, n = 0, r = 0;
   ffi::DataType dtype;    // of x, A, W, bias, g, y and dx
   ffi::DataType b_dtype;  // of B: dtype, or float32 where a traced scaling was folded into it
   Form form = Form::kDelta;
   float scaling = 1;
-  const void* x = nullptr;       // (m, k)
-  const void* a = nullptr;       // (k, r)
-  const void* b = nullptr;       // (r, n)
-  const void* kernel = nullptr;  // (k, n), form kKernel
+  Batch batch;
+  Batched<const void> x;       // (m, k)
+  Batched<const void> a;       // (k, r)
+  Batched<const void> b;       // (r, n)
+  Batched<const void> kernel;  // (k, n), form kKernel
   float* workspace = nullptr;
   int64_t workspace_size = 0;  // floats
+
+ protected:
+  template <class... T>
+  void MoveTo(int64_t element, Batched<T>*... each) {
+    ((*each = each->At(batch, element)), ...);
+    batch = Batch();
+  }
 };
 
 // y = [x·W | base] + bias + scaling · h·B,  h = x·A
 struct ForwardCall : Call {
-  int64_t slices = 1;           // x·W is summed over this many slices of k, then over the slices
-  const void* bias = nullptr;   // (n), not with form kDelta, may be absent
-  const float* base = nullptr;  // (m, n), form kBase
-  void* y = nullptr;            // (m, n)
-  float* h = nullptr;           // (m, r)
+  int64_t slices = 1;         // x·W is summed over this many slices of k, then over the slices
+  Batched<const void> bias;   // (n), not with form kDelta, may be absent
+  Batched<const float> base;  // (m, n), form kBase
+  Batched<void> y;            // (m, n)
+  Batched<float> h;           // (m, r)
+
+  // One element, as a call of its own.
+  ForwardCall Element(int64_t index) const {
+    ForwardCall c = *this;
+    c.MoveTo(index, &c.x, &c.a, &c.b, &c.kernel, &c.bias, &c.base, &c.y, &c.h);
+    return c;
+  }
 };
 
 // t = scaling · g·Bᵀ,  dx = [g·Wᵀ | base] + t·Aᵀ,  dA = xᵀ·t,  dB = scaling · hᵀ·g
 struct BackwardCall : Call {
-  int64_t slices = 1;           // dA and dB are summed over this many row slices, then over these
-  const void* g = nullptr;      // (m, n)
-  const float* h = nullptr;     // (m, r)
-  const float* base = nullptr;  // (m, k), form kBase
-  void* dx = nullptr;           // (m, k); null when nobody asked
-  void* da = nullptr;           // (k, r), dtype of A
-  void* db = nullptr;           // (r, n), dtype of B
+  int64_t slices = 1;         // dA and dB are summed over this many row slices, then over these
+  Batched<const void> g;      // (m, n)
+  Batched<const float> h;     // (m, r)
+  Batched<const float> base;  // (m, k), form kBase
+  Batched<void> dx;           // (m, k); null when nobody asked
+  Batched<void> da;           // (k, r), dtype of A
+  Batched<void> db;           // (r, n), dtype of B
+
+  BackwardCall Element(int64_t index) const {
+    BackwardCall c = *this;
+    c.MoveTo(index, &c.x, &c.a, &c.b, &c.kernel, &c.g, &c.h, &c.base, &c.dx, &c.da, &c.db);
+    return c;
+  }
 };
 
 namespace internal {
@@ -85,10 +168,11 @@ inline std::string Name(ffi::DataType dtype) {
   }
 }
 
-// Collects the first mismatch, so that a reader states what it needs line by line.
+// Collects the first mismatch, so that a reader states what it needs line by line: operands, which
+// tell the sizes of the batch, then results.
 class Checker {
  public:
-  explicit Checker(std::string_view call) : call_(call) {}
+  Checker(std::string_view call, Batch* batch) : call_(call), batch_(*batch) {}
 
   bool ok() const { return error_.empty(); }
   ffi::Error error() const {
@@ -98,19 +182,8 @@ class Checker {
     if (ok()) error_ = std::string(call_) + ": " + what;
   }
 
-  // The data of `buffer`, after checking its dtype and shape.
-  void* Data(const ffi::AnyBuffer& buffer, std::string_view name, ffi::DataType dtype, Dims shape) {
-    const auto dims = buffer.dimensions();
-    if (!std::equal(dims.begin(), dims.end(), shape.begin(), shape.end())) {
-      Fail(std::string(name) + " has shape " + Shape(dims) + ", needed " + Shape(shape));
-    }
-    if (buffer.element_type() != dtype) {
-      Fail(std::string(name) + " is " + Name(buffer.element_type()) + ", needed " + Name(dtype));
-    }
-    return buffer.untyped_data();
-  }
-
-  // What both calls begin with. The sizes follow from x, the rank from A and the width from B.
+  // What both calls begin with. The batch axes and sizes follow from x, the rank from A and the
+  // width from B.
   void Operands(const ffi::AnyBuffer& x, const ffi::AnyBuffer& a, const ffi::AnyBuffer& b,
                 float scaling, std::string_view form, Call* call) {
     Call& c = *call;
@@ -120,22 +193,61 @@ class Checker {
     c.scaling = scaling;
     c.form = ReadForm(form);
     Storage(c.dtype, "x");
+    const size_t axes = x.dimensions().size();
+    if (axes < 2 || axes > 2 + Batch::kMaxAxes) {
+      Fail("x has shape " + Shape(x.dimensions()) + ", needed two dimensions after at most " +
+           std::to_string(Batch::kMaxAxes) + " batch axes");
+    } else {
+      batch_.axes = axes - 2;
+      std::fill_n(batch_.sizes.begin(), batch_.axes, 1);
+    }
     std::tie(c.m, c.k) = Matrix(x, "x");
     c.r = Matrix(a, "lora_a").second;
     c.n = Matrix(b, "lora_b").second;
-    c.x = x.untyped_data();
-    c.a = Data(a, "lora_a", c.dtype, {c.k, c.r});
-    c.b = Data(b, "lora_b", c.b_dtype, {c.r, c.n});
+    c.x = Operand<const void>(x, "x", c.dtype, {c.m, c.k});
+    c.a = Operand<const void>(a, "lora_a", c.dtype, {c.k, c.r});
+    c.b = Operand<const void>(b, "lora_b", c.b_dtype, {c.r, c.n});
   }
 
-  // The sizes of a two-dimensional operand, from which the needs of the others follow.
-  std::pair<int64_t, int64_t> Matrix(const ffi::AnyBuffer& buffer, std::string_view name) {
+  // `buffer`, after checking its dtype and its shape after the batch axes. Those are the batch's,
+  // as far as other operands told, or 1.
+  template <class T>
+  Batched<T> Operand(const ffi::AnyBuffer& buffer, std::string_view name, ffi::DataType dtype,
+                     Dims shape) {
     const auto dims = buffer.dimensions();
-    if (dims.size() != 2) {
-      Fail(std::string(name) + " has shape " + Shape(dims) + ", needed two dimensions");
-      return {0, 0};
+    bool fits = EndsIn(dims, shape);
+    for (size_t i = 0; fits && i < batch_.axes; ++i) {
+      int64_t& full = batch_.sizes[i];
+      if (full == 1) full = dims[i];
+      fits = dims[i] == 1 || dims[i] == full;
     }
-    return {dims[0], dims[1]};
+    return Take<T>(buffer, name, dtype, shape, fits, "1 or ");
+  }
+
+  // To be called after the last operand and before the first result.
+  void CountBatch() { batch_.count = Product(SizesOfBatch()); }
+
+  // The same where batch axes must all be of full size.
+  template <class T>
+  Batched<T> Result(const ffi::AnyBuffer& buffer, std::string_view name, ffi::DataType dtype,
+                    Dims shape) {
+    const auto dims = buffer.dimensions();
+    const auto sizes = SizesOfBatch();
+    const bool fits = EndsIn(dims, shape) && std::equal(sizes.begin(), sizes.end(), dims.begin());
+    some_result_ |= Product(dims) != 0;
+    return Take<T>(buffer, name, dtype, shape, fits, "");
+  }
+
+  // The float32 scratch that XLA allotted to the call, as its last result.
+  void Workspace(const ffi::AnyBuffer& buffer, Call* call) {
+    const auto dims = buffer.dimensions();
+    call->workspace_size = static_cast<int64_t>(buffer.element_count());
+    if (dims.size() != 1) {
+      Fail("workspace has shape " + Shape(dims) + ", needed " + Shape(Dims{call->workspace_size}));
+    }
+    Dtype(buffer, "workspace", ffi::DataType::F32);
+    call->workspace = static_cast<float*>(buffer.untyped_data());
+    if (!some_result_) batch_.count = 0;
   }
 
   void Storage(ffi::DataType dtype, std::string_view name) {
@@ -146,13 +258,13 @@ class Checker {
   }
 
   // The operand or result at `index`; `fallback`, which reports the failure, where there is none.
-  ffi::AnyBuffer Take(const ffi::RemainingArgs& operands, size_t index, ffi::AnyBuffer fallback) {
+  ffi::AnyBuffer Get(const ffi::RemainingArgs& operands, size_t index, ffi::AnyBuffer fallback) {
     auto operand = operands.get<ffi::AnyBuffer>(index);
     if (operand.has_value()) return *operand;
     Fail("operand " + std::to_string(index) + " of the last ones is not a buffer");
     return fallback;
   }
-  ffi::AnyBuffer Take(const ffi::RemainingRets& results, size_t index, ffi::AnyBuffer fallback) {
+  ffi::AnyBuffer Get(const ffi::RemainingRets& results, size_t index, ffi::AnyBuffer fallback) {
     auto result = results.get<ffi::AnyBuffer>(index);
     if (result.has_value()) return **result;
     Fail("result " + std::to_string(index) + " is not a buffer");
@@ -184,16 +296,58 @@ class Checker {
     }
   }
 
-  // The float32 scratch that XLA allotted to the call, as its last result.
-  void Workspace(const ffi::AnyBuffer& buffer, float** data, int64_t* size) {
-    const int64_t elements = static_cast<int64_t>(buffer.element_count());
-    *data = static_cast<float*>(Data(buffer, "workspace", ffi::DataType::F32, {elements}));
-    *size = elements;
+ private:
+  using Span = ffi::Span<const int64_t>;
+
+  Span SizesOfBatch() const { return {batch_.sizes.data(), batch_.axes}; }
+
+  // The sizes of an operand's matrices, from which the needs of the others follow.
+  std::pair<int64_t, int64_t> Matrix(const ffi::AnyBuffer& buffer, std::string_view name) {
+    const auto dims = buffer.dimensions();
+    if (dims.size() != batch_.axes + 2) {
+      Fail(std::string(name) + " has shape " + Shape(dims) + ", needed two dimensions" +
+           (batch_.axes == 0 ? "" : " after x's " + std::to_string(batch_.axes) + " batch axes"));
+      return {0, 0};
+    }
+    return {dims[batch_.axes], dims[batch_.axes + 1]};
   }
 
- private:
+  bool EndsIn(Span dims, Dims shape) const {
+    return dims.size() == batch_.axes + shape.size() &&
+           std::equal(shape.begin(), shape.end(), dims.begin() + batch_.axes);
+  }
+
+  void Dtype(const ffi::AnyBuffer& buffer, std::string_view name, ffi::DataType dtype) {
+    if (buffer.element_type() != dtype) {
+      Fail(std::string(name) + " is " + Name(buffer.element_type()) + ", needed " + Name(dtype));
+    }
+  }
+
+  template <class T>
+  Batched<T> Take(const ffi::AnyBuffer& buffer, std::string_view name, ffi::DataType dtype,
+                  Dims shape, bool fits, std::string_view or_full) {
+    const auto dims = buffer.dimensions();
+    if (!fits) {
+      std::string needed = "(";
+      for (int64_t size : SizesOfBatch()) {
+        needed += std::string(size == 1 ? "" : or_full) + std::to_string(size) + ", ";
+      }
+      Fail(std::string(name) + " has shape " + Shape(dims) + ", needed " + needed +
+           Shape(shape).substr(1));
+    }
+    Dtype(buffer, name, dtype);
+    Batched<T> matrices(static_cast<T*>(buffer.untyped_data()));
+    if (!ok()) return matrices;
+    matrices.axes = dims.begin();
+    matrices.count = Product(dims.first(batch_.axes));
+    matrices.bytes = Product({Product(shape), static_cast<int64_t>(ffi::ByteWidth(dtype))});
+    return matrices;
+  }
+
   std::string_view call_;
+  Batch& batch_;
   std::string error_;
+  bool some_result_ = false;  // one that has an element
 };
 
 }  // namespace internal
@@ -204,25 +358,26 @@ inline ffi::Error ReadForward(ffi::AnyBuffer x, ffi::AnyBuffer a, ffi::AnyBuffer
                               ffi::Result<ffi::AnyBuffer> h, ffi::Result<ffi::AnyBuffer> workspace,
                               float scaling, std::string_view form, int64_t slices,
                               ForwardCall* call) {
-  internal::Checker check("lora_forward");
   ForwardCall& c = *call;
+  internal::Checker check("lora_forward", &c.batch);
   check.Operands(x, a, b, scaling, form, &c);
   c.slices = check.Slices(slices, c.k);
-  c.y = check.Data(*y, "y", c.dtype, {c.m, c.n});
-  c.h = static_cast<float*>(check.Data(*h, "h", ffi::DataType::F32, {c.m, c.r}));
-  check.Workspace(*workspace, &c.workspace, &c.workspace_size);
   const bool delta = c.form == Form::kDelta;
   check.Count(rest.size(), delta ? 0 : 1, delta ? 0 : 2, "operands after x, lora_a, lora_b");
   if (rest.size() >= 1 && c.form == Form::kKernel) {
-    c.kernel = check.Data(check.Take(rest, 0, x), "kernel", c.dtype, {c.k, c.n});
+    c.kernel = check.Operand<const void>(check.Get(rest, 0, x), "kernel", c.dtype, {c.k, c.n});
   }
   if (rest.size() >= 1 && c.form == Form::kBase) {
-    c.base = static_cast<const float*>(
-        check.Data(check.Take(rest, 0, x), "base", ffi::DataType::F32, {c.m, c.n}));
+    c.base =
+        check.Operand<const float>(check.Get(rest, 0, x), "base", ffi::DataType::F32, {c.m, c.n});
   }
   if (rest.size() >= 2) {
-    c.bias = check.Data(check.Take(rest, 1, x), "bias", c.dtype, {c.n});
+    c.bias = check.Operand<const void>(check.Get(rest, 1, x), "bias", c.dtype, {c.n});
   }
+  check.CountBatch();
+  c.y = check.Result<void>(*y, "y", c.dtype, {c.m, c.n});
+  c.h = check.Result<float>(*h, "h", ffi::DataType::F32, {c.m, c.r});
+  check.Workspace(*workspace, &c);
   return check.error();
 }
 
@@ -232,21 +387,22 @@ inline ffi::Error ReadBackward(ffi::AnyBuffer g, ffi::AnyBuffer x, ffi::AnyBuffe
                                ffi::AnyBuffer b, ffi::AnyBuffer h, ffi::RemainingArgs rest,
                                ffi::RemainingRets results, float scaling, std::string_view form,
                                std::string_view grads, int64_t slices, BackwardCall* call) {
-  internal::Checker check("lora_backward");
   BackwardCall& c = *call;
+  internal::Checker check("lora_backward", &c.batch);
   check.Operands(x, a, b, scaling, form, &c);
   c.slices = check.Slices(slices, c.m);
-  c.g = check.Data(g, "g", c.dtype, {c.m, c.n});
-  c.h = static_cast<const float*>(check.Data(h, "h", ffi::DataType::F32, {c.m, c.r}));
+  c.g = check.Operand<const void>(g, "g", c.dtype, {c.m, c.n});
+  c.h = check.Operand<const float>(h, "h", ffi::DataType::F32, {c.m, c.r});
   check.Count(rest.size(), c.form == Form::kDelta ? 0 : 1, c.form == Form::kDelta ? 0 : 1,
               "operands after g, x, lora_a, lora_b, h");
   if (rest.size() >= 1 && c.form == Form::kKernel) {
-    c.kernel = check.Data(check.Take(rest, 0, x), "kernel", c.dtype, {c.k, c.n});
+    c.kernel = check.Operand<const void>(check.Get(rest, 0, x), "kernel", c.dtype, {c.k, c.n});
   }
   if (rest.size() >= 1 && c.form == Form::kBase) {
-    c.base = static_cast<const float*>(
-        check.Data(check.Take(rest, 0, x), "base", ffi::DataType::F32, {c.m, c.k}));
+    c.base =
+        check.Operand<const float>(check.Get(rest, 0, x), "base", ffi::DataType::F32, {c.m, c.k});
   }
+  check.CountBatch();
 
   const std::string all = "xab";
   size_t at = 0;  // subsequence test: each letter once, in order
@@ -261,15 +417,15 @@ inline ffi::Error ReadBackward(ffi::AnyBuffer g, ffi::AnyBuffer x, ffi::AnyBuffe
 
   size_t next = 0;
   if (grads.find('x') != grads.npos) {
-    c.dx = check.Data(check.Take(results, next++, x), "dx", c.dtype, {c.m, c.k});
+    c.dx = check.Result<void>(check.Get(results, next++, x), "dx", c.dtype, {c.m, c.k});
   }
   if (grads.find('a') != grads.npos) {
-    c.da = check.Data(check.Take(results, next++, x), "da", c.dtype, {c.k, c.r});
+    c.da = check.Result<void>(check.Get(results, next++, x), "da", c.dtype, {c.k, c.r});
   }
   if (grads.find('b') != grads.npos) {
-    c.db = check.Data(check.Take(results, next++, x), "db", c.b_dtype, {c.r, c.n});
+    c.db = check.Result<void>(check.Get(results, next++, x), "db", c.b_dtype, {c.r, c.n});
   }
-  check.Workspace(check.Take(results, next, x), &c.workspace, &c.workspace_size);
+  check.Workspace(check.Get(results, next, x), &c);
   return check.error();
 }
 

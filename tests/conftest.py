@@ -30,6 +30,9 @@ import jax  # noqa: E402
 
 from jax_fused_lora import implementations  # noqa: E402
 
+# Meshes of eight devices, on one CPU.
+jax.config.update("jax_num_cpu_devices", 8)
+
 # On GPUs JAX multiplies float32 in TF32 unless it is told not to; the tests ask for float32.
 if jax.default_backend() == "gpu":
     jax.config.update("jax_default_matmul_precision", "highest")

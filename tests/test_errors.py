@@ -253,7 +253,7 @@ def check_refused(library, call, text, *args, **kwargs):
     ("operand", "text"),
     [
         ({"x": array(5)}, "x has shape (5), needed two dimensions"),
-        ({"x": array(1, 3, 5)}, "x has shape (1, 3, 5), needed two dimensions"),
+        ({"x": array(1, 3, 5)}, "lora_a has shape (5, 2), needed two dimensions after x's 1 batch"),
         ({"x": array(3, 5, dtype=jnp.int32)}, "x is dtype number 4, needed float32, bfloat16 or"),
         ({"x": array(3, 6)}, "lora_a has shape (5, 2), needed (6, 2)"),
         ({"x": array(3, 5, dtype=F16)}, "lora_a is float32, needed float16"),

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import chain, combinations
 from pathlib import Path
 
@@ -116,6 +117,81 @@ def test_nothing_is_computed_for_a_result_that_is_not_used():
     assert "jax_fused_lora" not in jax.jit(jax.grad(loss)).lower(operands).compile().as_text()
 
 
+# ---- Forward mode, and derivatives of higher order.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_jvp(implementation, linear, dtype):
+    given = {name: value.astype(dtype) for name, value in make((6,), linear).items()}
+    dots = {name: value.astype(dtype) for name, value in make((6,), linear, seed=1).items()}
+    moved = jax.jvp(lambda o: apply(o, implementation), (given,), (dots,))[1]
+
+    def truth(transform):
+        with jax.enable_x64(True):
+            wide = lambda tree: {k: jnp.asarray(transform(np.asarray(v, "float64")))  # noqa: E731
+                                 for k, v in tree.items()}  # fmt: skip
+            return np.asarray(jax.jvp(lambda o: apply(o, "xla"), (wide(given),), (wide(dots),))[1])
+
+    oracle.check("y", moved, (truth(lambda v: v), truth(np.abs)), dtype)
+
+
+def test_hessian_and_other_orders(implementation, linear):
+    given = make((3,), linear, k=5, n=4, r=2)
+    adapters = {name: given.pop(name) for name in ("lora_a", "lora_b")}
+
+    def loss(adapters, implementation):
+        return jnp.sin(apply({**given, **adapters}, implementation)).sum()
+
+    of = partial(loss, implementation=implementation)
+    wanted = jax.hessian(partial(loss, implementation="xla"))(adapters)
+    for second in (
+        jax.hessian(of),
+        jax.jacrev(jax.jacrev(of)),
+        jax.jacrev(jax.jacfwd(of)),
+        jax.jacfwd(jax.jacfwd(of)),
+    ):
+        chex.assert_trees_all_close(second(adapters), wanted, **CLOSE)
+    moved = jax.linearize(of, adapters)[1](adapters)
+    _, expected = jax.jvp(partial(loss, implementation="xla"), (adapters,), (adapters,))
+    chex.assert_trees_all_close(moved, expected, **CLOSE)
+
+
+# ---- Export.
+
+
+def exported(function, *operands, calls=("lora_forward", "lora_backward"), name="cpu"):
+    checks = [
+        jax.export.DisabledSafetyCheck.custom_call(f"jax_fused_lora.{name}.{call}")
+        for call in calls
+    ]
+    whole = jax.export.export(jax.jit(function), disabled_checks=checks)(*operands)
+    return jax.export.deserialize(whole.serialize())
+
+
+def test_export(native, linear):
+    """A program with the calls in it, serialized and run again."""
+    operands = make((6,), linear)
+
+    def run(operands):
+        return jax.value_and_grad(lambda o: (apply(o, native) ** 2).sum())(operands)
+
+    again = exported(run, operands, name=native)
+    chex.assert_trees_all_close(again.call(operands), run(operands), **CLOSE)
+
+
+def test_export_of_any_number_of_rows():
+    """What is not known when a program is compiled is left to XLA, unless it is named."""
+    operands = make((6,))
+    rest = without(operands, "x")
+    (rows,) = jax.export.symbolic_shape("rows")
+    x = jax.ShapeDtypeStruct((rows, 24), jnp.float32)
+    run = lambda x: apply({"x": x, **rest}, None)  # noqa: E731
+    again = exported(run, x)
+    chex.assert_trees_all_close(again.call(operands["x"]), run(operands["x"]), **CLOSE)
+    with pytest.raises(ValueError, match=r"needs sizes that are known .*\(rows, 24\)"):
+        exported(lambda x: apply({"x": x, **rest}, "cpu"), x)
+
+
 # ---- Checkpoint and scan.
 
 
@@ -132,6 +208,62 @@ def test_checkpoint(implementation, linear):
         text = saving.lower(operands).as_text()
         assert calls(text, "lora_forward") == 2  # h is not kept but computed again
         assert calls(text, "lora_backward") == 1
+
+
+def test_a_policy_may_keep_h():
+    """The residual has the name "lora_h"; kept, nothing computes it again."""
+    operands = make((6,))
+
+    def loss(operands):  # of a layer whose y nobody needs again
+        return apply(operands).sum()
+
+    def forward_calls(policy):
+        checkpointed = jax.checkpoint(loss, policy=policy)
+        run = lambda operands: jax.value_and_grad(checkpointed)(operands)  # noqa: E731
+        return calls(jax.jit(run).lower(operands).as_text(), "lora_forward")
+
+    assert forward_calls(jax.checkpoint_policies.nothing_saveable) == 2
+    assert forward_calls(jax.checkpoint_policies.save_only_these_names("lora_h")) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_memory_of_a_scan_under_checkpoint(dtype):
+    """No more than XLA needs for the same, but for a table of pointers XLA keeps for each call.
+
+    And in float32 no call has a result of x's size besides those that are x's. In 16 bits x·W is
+    once there in float32, as it is in XLA's own program: it is rounded when all is added.
+    """
+    layers, rows, width, rank = 8, 512, 256, 8
+    rng = np.random.default_rng(0)
+    sizes = (layers, width, width), (layers, width, rank), (layers, rank, width), (rows, width)
+    w, a, b, x = (jnp.asarray(rng.normal(size=size) / 16, dtype) for size in sizes)
+
+    def compiled(implementation):
+        def step(x, layer):
+            w, a, b = layer
+            return jnp.tanh(lora_linear(x, w, a, b, implementation=implementation)), None
+
+        def loss(adapters, x):
+            return (jax.lax.scan(jax.checkpoint(step), x, (w, *adapters))[0] ** 2).sum()
+
+        return jax.jit(jax.grad(loss)).lower((a, b), x).compile()
+
+    native, xla = compiled("cpu"), compiled("xla")
+    ours, theirs = (c.memory_analysis().temp_size_in_bytes for c in (native, xla))
+    print(f"temporary memory, {dtype}: {ours} bytes, {theirs} of XLA's own")
+    text = native.as_text()
+    count = calls(text, "lora_forward") + calls(text, "lora_backward")
+    assert count == 3
+    assert ours <= theirs + 64 * count
+    results = re.findall(r"= \((.*?)\) custom-call\(.*jax_fused_lora", text)
+    assert len(results) == count
+    for result in results:
+        large = [
+            shape
+            for shape in re.findall(r"\[([\d,]+)\]", result)
+            if np.prod([int(n) for n in shape.split(",")]) >= rows * width
+        ]
+        assert dtype != "float32" or large == [f"{rows},{width}"]  # y, or dx
 
 
 def stacked(layers, rows=6, width=24):
@@ -228,27 +360,123 @@ def test_vmap_of_grad(implementation, linear):
         check_all(got, oracle.truth({"x": operands["x"][i], **rest}, g[i], SCALING))
 
 
-@pytest.mark.parametrize(
-    "mapped",
-    [("lora_a",), ("lora_a", "lora_b"), ("x", "lora_a", "lora_b"), ("x", "kernel"), LINEAR],
-    ids=",".join,
-)
+MAPPED = subsets(LINEAR)
+
+
+@pytest.mark.parametrize("mapped", MAPPED, ids=",".join)
 def test_vmap_over_weights(implementation, mapped):
-    """An adapter for each element of the batch, say."""
+    """Any subset of the operands, as many adapters under one W, or a W of each element."""
     each = [make((5,), seed=seed) for seed in range(3)]
-    batch = {n: jnp.stack([o[n] for o in each]) if n in mapped else each[0][n] for n in LINEAR}
-    axes = {name: 0 if name in mapped else None for name in LINEAR}
+    # Not all in the first axis.
+    axes = {name: -1 if name in ("kernel", "lora_b") else 0 for name in mapped}
+    batch = {
+        name: jnp.stack([o[name] for o in each], axes[name]) if name in mapped else each[0][name]
+        for name in LINEAR
+    }
     g = make((5,), k=40, seed=9)["x"]
 
     def one(operands):
         y, vjp = jax.vjp(lambda operands: apply(operands, implementation), operands)
         return {"y": y, **vjp(g)[0]}
 
-    results = jax.jit(jax.vmap(one, (axes,)))(batch)
+    results = jax.jit(jax.vmap(one, ({name: axes.get(name) for name in LINEAR},)))(batch)
     for i, other in enumerate(each):
         operands = {name: other[name] if name in mapped else each[0][name] for name in LINEAR}
         expected = oracle.truth(operands, g, SCALING)
         check_all({name: value[i] for name, value in results.items()}, expected)
+
+
+@pytest.mark.parametrize("mapped", MAPPED, ids=",".join)
+def test_grad_of_vmap_over_weights(implementation, mapped):
+    """What elements share has one gradient, the sum of theirs."""
+    each = [make((5,), seed=seed) for seed in range(3)]
+    batch = {
+        name: jnp.stack([o[name] for o in each]) if name in mapped else each[0][name]
+        for name in LINEAR
+    }
+    g = jnp.stack([make((5,), k=40, seed=9 + i)["x"] for i in range(3)])
+    axes = {name: 0 if name in mapped else None for name in LINEAR}
+
+    def loss(operands):
+        y = jax.vmap(lambda operands: apply(operands, implementation), (axes,))(operands)
+        return (y * g).sum()
+
+    grads = jax.jit(jax.grad(loss))(batch)
+    truths = [
+        oracle.truth({n: o[n] if n in mapped else each[0][n] for n in LINEAR}, g[i], SCALING)
+        for i, o in enumerate(each)
+    ]
+    for name, gradient in grads.items():
+        if name in mapped:
+            for i, truth in enumerate(truths):
+                oracle.check(name, gradient[i], truth[name], "float32")
+        else:
+            exact, bound = (sum(truth[name][at] for truth in truths) for at in (0, 1))
+            oracle.check(name, gradient, (exact, bound), "float32")
+
+
+def test_nested_vmap_over_adapters(implementation):
+    """x mapped by one vmap and A and B by the other: neither is copied for the other."""
+    x = make((2, 5))["x"]
+    adapters = [make((5,), seed=seed) for seed in range(3)]
+    a, b = (jnp.stack([o[name] for o in adapters]) for name in ("lora_a", "lora_b"))
+    rest = {"kernel": adapters[0]["kernel"], "bias": adapters[0]["bias"]}
+
+    def one(x, a, b):
+        return apply({"x": x, "lora_a": a, "lora_b": b, **rest}, implementation)
+
+    y = jax.jit(jax.vmap(jax.vmap(one, (None, 0, 0)), (0, None, None)))(x, a, b)
+    assert y.shape == (2, 3, 5, 40)
+    for i in range(2):
+        for j in range(3):
+            operands = {"x": x[i], "lora_a": a[j], "lora_b": b[j], **rest}
+            truth = oracle.truth(operands, np.ones((5, 40)), SCALING)["y"]
+            oracle.check("y", y[i, j], truth, "float32")
+
+
+def test_vmap_over_scaling(implementation):
+    operands = make((5,))
+    scalings = jnp.array([0.5, -1.0, 2.0])
+
+    def one(scaling):
+        return jax.value_and_grad(lambda s: apply(operands, implementation, s).sum())(scaling)
+
+    values, slopes = jax.jit(jax.vmap(one))(scalings)
+    for i, scaling in enumerate(scalings):
+        value, slope = one(scaling)
+        chex.assert_trees_all_close((values[i], slopes[i]), (value, slope), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["shared", "mapped"])
+def test_many_adapters_are_one_call(kernel):
+    """One W under many adapters: one call, forward and backward, and W as it lies."""
+    layers = [make((5,), k=24, n=40, seed=seed) for seed in range(3)]
+    stack = lambda name: jnp.stack([layer[name] for layer in layers])  # noqa: E731
+    x, a, b = stack("x"), stack("lora_a"), stack("lora_b")
+    w = stack("kernel") if kernel == "mapped" else layers[0]["kernel"]
+
+    def loss(x, a, b, w):
+        one = lambda x, a, b, w: lora_linear(x, w, a, b, implementation="cpu")  # noqa: E731
+        return (jax.vmap(one, (0, 0, 0, 0 if kernel == "mapped" else None))(x, a, b, w) ** 2).sum()
+
+    text = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(x, a, b, w).compile().as_text()
+    assert calls(text, "lora_forward") == 1
+    assert calls(text, "lora_backward") == 1
+    assert " while(" not in text
+    assert ("f32[3,24,40]" in text) == (kernel == "mapped")
+
+
+def test_gradients_of_shared_adapters_are_summed_in_the_call():
+    """x alone is mapped: A's gradient is never one for each element."""
+    operands = make((3, 5), k=24, n=40)
+    rest = without(operands, "x")
+
+    def loss(rest, x):
+        return (jax.vmap(lambda x: apply({"x": x, **rest}))(x) ** 2).sum()
+
+    text = jax.jit(jax.grad(loss)).lower(rest, operands["x"]).compile().as_text()
+    assert calls(text, "lora_backward") == 1
+    assert "f32[3,24,4]" not in text
 
 
 def test_vmap_over_x_is_one_call_of_all_rows():

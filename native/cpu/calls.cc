@@ -3,15 +3,20 @@
 // Forms without W sweep x and y (or g, x and dx) once: a block is a range of rows. With W, a block
 // is a part of W, read once and contiguously, and the low-rank part is added to the sum of the
 // blocks as the product's last step.
+//
+// The elements of a batch are more ranges of rows. A W that they share is multiplied with the rows
+// of all of them at once, and so is read no more often than for one.
 
 #include "native/calls.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <memory>
 
 #include "native/backend.h"
 #include "native/cpu/kernels.h"
 #include "native/cpu/parallel.h"
+#include "native/cpu/workspace.h"
 
 namespace jax_fused_lora {
 namespace {
@@ -20,7 +25,6 @@ constexpr int64_t kRowBlock = 36;  // rows of a sweep, whole tiles that share a 
 constexpr int64_t kFew = Scratch::kFew;
 constexpr int64_t kFewToShrink = 16;  // rows up to which transposing A costs more than it saves
 constexpr int64_t kProductRows = Scratch::kRows;
-constexpr int64_t kPackBlock = 256;  // rows of A, columns of B, brought to float32 at a time
 
 // Columns of W in a block of x·W: as long a read as can be for few rows, whose sums of 16 KiB a
 // row are near enough; for many rows their sums (64 × 256) shall stay in the second cache.
@@ -32,20 +36,12 @@ constexpr int64_t kManyColumns = 256;
 // that is memory's time.
 constexpr int64_t kWorthAThread = 400'000;
 
-int64_t Blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
+// Below this many, claiming a block costs about as much as doing it.
+constexpr int64_t kWorthABlock = 20'000;
 
-// Columns of a packed factor, whole panels.
-int64_t Padded(int64_t columns) { return Blocks(columns, 64) * 64; }
-
-const Kernels& KernelsFor(ffi::DataType dtype) {
-  switch (dtype) {
-    case ffi::DataType::BF16:
-      return KernelsFor(Storage::kBfloat16);
-    case ffi::DataType::F16:
-      return KernelsFor(Storage::kFloat16);
-    default:
-      return KernelsFor(Storage::kFloat32);
-  }
+// Multiplications, as a float: a batch of nothing may be longer than integers go.
+double Work(int64_t times, int64_t size, int64_t rows) {
+  return static_cast<double>(times) * static_cast<double>(size) * static_cast<double>(rows);
 }
 
 size_t Width(ffi::DataType dtype) { return dtype == ffi::DataType::F32 ? 4 : 2; }
@@ -70,49 +66,290 @@ Scratch* ThreadScratch() {
   return scratch.get();
 }
 
-// Hands out the parts of the call's workspace.
-class Workspace {
- public:
-  Workspace(float* data, int64_t size) : data_(data), size_(size) {}
+// Calls body(phases, phase, unit) for every unit of every phase. A unit is a block of its own but
+// in a batch, where small ones are handed out several at a time. `work` is the call's, in
+// multiplications.
+template <class Body>
+void RunUnits(ffi::ThreadPool& pool, const Batch& batch, const Phases::Sizes& units, double work,
+              bool backwards, const Body& body) {
+  Phases::Sizes each, blocks;
+  for (int phase = 0; phase < Phases::kMax; ++phase) {
+    const double worth = kWorthABlock * static_cast<double>(units[phase]);
+    each[phase] =
+        batch.count == 1 || worth <= work ? 1 : static_cast<int64_t>(worth / std::max(work, 1.0));
+    blocks[phase] = Blocks(units[phase], each[phase]);
+  }
+  const int64_t threads = work < kWorthAThread ? 1 : std::max<int64_t>(pool.num_threads(), 1);
+  RunPhases(pool, threads, blocks, backwards, [&](const Phases& phases, int phase, int64_t block) {
+    const int64_t end = std::min((block + 1) * each[phase], units[phase]);
+    for (int64_t unit = block * each[phase]; unit < end; ++unit) body(phases, phase, unit);
+  });
+}
 
-  // Null where the workspace is too small, which Check then reports.
-  float* Take(int64_t floats) {
-    used_ += floats;
-    return used_ <= size_ ? data_ + (used_ - floats) : nullptr;
+class Forward {
+ public:
+  Forward(const ForwardCall& call, Workspace* space) : c_(call) {
+    if (!few_to_shrink_ && c_.r % static_cast<int64_t>(kernels_.panel) != 0) {
+      at_ = Widened(c_.a, c_.dtype, true, c_.r, c_.k, Widened::kRowMajor, space);
+    }
+    if (!few_ || c_.b_dtype != ffi::DataType::F32) {
+      b_ = Widened(c_.b, c_.b_dtype, false, c_.r, c_.n,
+                   few_ ? Widened::kRowMajor : Widened::kPacked, space);
+    }
+    if (c_.bias && c_.dtype != ffi::DataType::F32) {
+      bias_ = Widened(c_.bias, c_.dtype, false, 1, c_.n, Widened::kRowMajor, space,
+                      /*block=*/std::max<int64_t>(c_.n, 1));
+    }
+    if (product_) partial_ = space->Take({c_.slices, products_, product_rows_, c_.n});
   }
 
-  ffi::Error Check(const char* call) const {
-    if (used_ <= size_) return ffi::Error::Success();
-    return ffi::Error::InvalidArgument(std::string(call) + ": workspace has " +
-                                       std::to_string(size_) + " floats, needed " +
-                                       std::to_string(used_));
+  void Run(ffi::ThreadPool& pool) const {
+    const double work =
+        Work(c_.batch.count, (c_.k + c_.n) * c_.r, std::max<int64_t>(c_.m, 1)) +
+        (product_ ? Work(products_, c_.k * c_.n, std::max<int64_t>(product_rows_, 8)) : 0);
+    const Phases::Sizes units = {
+        at_.blocks() + b_.blocks() + bias_.blocks() +
+            (product_ ? products_ * c_.slices * column_ranges_ * row_ranges_ : 0),
+        c_.batch.count * sweep_ranges_,
+        product_ ? c_.batch.count * finish_ranges_ * Blocks(c_.n, finish_columns_) : 0};
+    RunUnits(pool, c_.batch, units, work, !product_ && Backwards(c_.x, c_.y),
+             [this](const Phases& phases, int phase, int64_t unit) {
+               if (phase == 0) return Prepare(unit);
+               // A shrink alone, of an A that is read as it lies, waits for nothing.
+               if (phase > 1 || at_ || !product_) phases.WaitBefore(phase);
+               return phase == 1 ? Sweep(unit) : Finish(unit);
+             });
   }
 
  private:
-  float* data_;
-  int64_t size_, used_ = 0;
-};
-
-// A and B in float32, as the passes read them, made of blocks that any thread may take. Null data
-// stands for a factor that is read where it lies, or not at all.
-struct Factors {
-  Panels<float> at = {}, b = {};  // (r, k), (r, n)
-
-  int64_t a_blocks(const Call& c) const { return at.data ? Blocks(c.k, kPackBlock) : 0; }
-  int64_t blocks(const Call& c) const {
-    return a_blocks(c) + (b.data ? Blocks(c.n, kPackBlock) : 0);
+  // What needs nothing but operands.
+  void Prepare(int64_t unit) const {
+    for (const Widened* operand : {&at_, &b_, &bias_}) {
+      if (unit < operand->blocks()) return operand->Make(unit);
+      unit -= operand->blocks();
+    }
+    Multiply(unit);
   }
-  void Make(const Call& c, int64_t block) const {
-    const bool a_block = block < a_blocks(c);
-    const int64_t size = a_block ? c.k : c.n;
-    const int64_t begin = (a_block ? block : block - a_blocks(c)) * kPackBlock;
-    const int64_t end = std::min(begin + kPackBlock, size);
-    if (a_block) {
-      KernelsFor(c.dtype).transpose(c.a, c.r, begin, end, at);
+
+  // x·W in units of a slice of k, a range of columns and a range of rows.
+  void Multiply(int64_t unit) const {
+    const int64_t m0 = unit % row_ranges_ * kProductRows;
+    unit /= row_ranges_;
+    const int64_t j0 = unit % column_ranges_ * columns_;
+    unit /= column_ranges_;
+    const int64_t slice = unit % c_.slices, product = unit / c_.slices;
+    const int64_t depth = Blocks(c_.k, c_.slices);
+    const void* x = shared_ ? c_.x.data : c_.x.At(c_.batch, product);
+    float* to = partial_ + (slice * products_ + product) * product_rows_ * c_.n;
+    kernels_.product(At(x, m0 * c_.k, c_.dtype), std::min(kProductRows, product_rows_ - m0), c_.k,
+                     std::min(slice * depth, c_.k), std::min((slice + 1) * depth, c_.k),
+                     c_.kernel.At(c_.batch, product), c_.n, j0, std::min(columns_, c_.n - j0),
+                     to + m0 * c_.n + j0, c_.n, ThreadScratch());
+  }
+
+  // h, and where W is not ours to multiply y too: one sweep.
+  void Sweep(int64_t unit) const {
+    const int64_t element = unit / sweep_ranges_, m0 = unit % sweep_ranges_ * kRowBlock;
+    const int64_t rows = std::min(kRowBlock, c_.m - m0);
+    const void* from = At(c_.x.At(c_.batch, element), m0 * c_.k, c_.dtype);
+    float* h = c_.h.At(c_.batch, element) + m0 * c_.r;
+    if (at_) {
+      const float* at = at_.At(c_.batch, element).data;
+      kernels_.shrink(from, rows, c_.k, at, c_.r, 1.0f, h, ThreadScratch());
     } else {
-      KernelsFor(c.b_dtype).pack(c.b, c.r, c.n, begin, end, b);
+      const auto shrink = few_to_shrink_ ? kernels_.shrink_few : kernels_.shrink_panels;
+      shrink(from, rows, c_.k, c_.a.At(c_.batch, element), c_.r, h, ThreadScratch());
+    }
+    if (product_) return;
+    const float* base = c_.base ? c_.base.At(c_.batch, element) + m0 * c_.n : nullptr;
+    Expand(element, m0, rows, 0, c_.n, base, c_.n);
+  }
+
+  // The sum of the slices, bias and low-rank part of a block of y, rounded once.
+  void Finish(int64_t unit) const {
+    const int64_t m0 = unit % finish_ranges_ * finish_rows_;
+    unit /= finish_ranges_;
+    const int64_t column_ranges = Blocks(c_.n, finish_columns_);
+    const int64_t j0 = unit % column_ranges * finish_columns_, element = unit / column_ranges;
+    const int64_t rows = std::min(finish_rows_, c_.m - m0);
+    const int64_t columns = std::min(finish_columns_, c_.n - j0);
+    const int64_t row = (shared_ ? c_.x.Index(c_.batch, element) : element) * c_.m + m0;
+    float* sums = ThreadScratch()->sums;
+    kernels_.gather(partial_ + row * c_.n + j0, c_.slices, products_ * product_rows_ * c_.n, rows,
+                    c_.n, columns, sums);
+    Expand(element, m0, rows, j0, columns, sums, columns);
+  }
+
+  // A block of an element's y, of the columns from j0 on.
+  void Expand(int64_t element, int64_t m0, int64_t rows, int64_t j0, int64_t columns,
+              const float* init, int64_t init_row) const {
+    const float* h = c_.h.At(c_.batch, element) + m0 * c_.r;
+    const float* bias = c_.bias ? Floats(c_.bias, bias_, c_.batch, element) + j0 : nullptr;
+    void* y = At(c_.y.At(c_.batch, element), m0 * c_.n + j0, c_.dtype);
+    if (few_) {
+      kernels_.expand_few(h, rows, c_.r, Floats(c_.b, b_, c_.batch, element) + j0, c_.n, columns,
+                          c_.scaling, init, init_row, bias, y, c_.n, ThreadScratch());
+    } else {
+      kernels_.expand(h, rows, c_.r, b_.At(c_.batch, element).From(j0).Read(), columns, c_.scaling,
+                      init, init_row, bias, y, c_.n);
     }
   }
+
+  const ForwardCall& c_;
+  const Kernels& kernels_ = KernelsFor(c_.dtype);
+  const bool few_ = c_.m <= kFew, few_to_shrink_ = c_.m <= kFewToShrink;
+  const bool product_ = c_.form == Form::kKernel;
+
+  // One product with all rows of x where its W is shared, else one for each element.
+  const bool shared_ = c_.kernel.count == 1;
+  const int64_t products_ = shared_ ? 1 : c_.batch.count;
+  const int64_t product_rows_ = shared_ ? c_.x.count * c_.m : c_.m;
+
+  const int64_t row_ranges_ = Blocks(product_rows_, kProductRows);
+  const int64_t columns_ = product_rows_ <= kFew ? kFewColumns : kManyColumns;
+  const int64_t column_ranges_ = Blocks(c_.n, columns_);
+  const int64_t sweep_ranges_ = Blocks(c_.m, kRowBlock);
+  const int64_t finish_rows_ = few_ ? kFew : kProductRows;
+  const int64_t finish_columns_ = Scratch::kSums / finish_rows_;
+  const int64_t finish_ranges_ = Blocks(c_.m, finish_rows_);
+
+  Widened at_, b_, bias_;     // Aᵀ, B
+  float* partial_ = nullptr;  // (slices, products, rows of each, n)
+};
+
+class Backward {
+ public:
+  Backward(const BackwardCall& call, Workspace* space) : c_(call) {
+    if (c_.dx) at_ = Widened(c_.a, c_.dtype, true, c_.r, c_.k, Widened::kPacked, space);
+    if (need_t_ && c_.b_dtype != ffi::DataType::F32) {
+      b_ = Widened(c_.b, c_.b_dtype, false, c_.r, c_.n, Widened::kRowMajor, space);
+    }
+    const int64_t count = c_.batch.count;
+    if (need_t_) t_ = space->Take({count, c_.m, c_.r});
+    if (c_.da) da_slices_ = space->Take({count, c_.slices, c_.r, c_.k});
+    if (c_.db) db_slices_ = space->Take({count, c_.slices, c_.r, c_.n});
+  }
+
+  void Run(ffi::ThreadPool& pool) const {
+    const double work =
+        Work(c_.batch.count, (c_.k + c_.n) * c_.r, std::max<int64_t>(c_.m, 1)) * 2 +
+        (product_ ? Work(products_, c_.k * c_.n, std::max<int64_t>(product_rows_, 8)) : 0);
+    const int64_t dx_units = product_ ? products_ * row_ranges_ * Blocks(c_.k, kColumns) : 0;
+    const int64_t da_units = c_.da ? c_.batch.count * da_ranges_ : 0;
+    const int64_t db_units = c_.db ? c_.batch.count * db_ranges_ : 0;
+    const Phases::Sizes units = {at_.blocks() + b_.blocks(), c_.batch.count * c_.slices,
+                                 dx_units + da_units + db_units};
+    RunUnits(pool, c_.batch, units, work, /*backwards=*/false,
+             [&](const Phases& phases, int phase, int64_t unit) {
+               if (phase == 0) {
+                 return unit < at_.blocks() ? at_.Make(unit) : b_.Make(unit - at_.blocks());
+               }
+               if (phase == 2 && unit < dx_units) return Multiply(phases, unit);
+               phases.WaitBefore(phase);
+               if (phase == 1) return Sweep(unit);
+               unit -= dx_units;
+               return unit < da_units ? SumOfA(unit) : SumOfB(unit - da_units);
+             });
+  }
+
+ private:
+  static constexpr int64_t kColumns = Scratch::kPanel;  // of a block of dx
+  static constexpr int64_t kSumColumns = 1024;          // of dAᵀ, summed at a time
+  static constexpr int64_t kSumSize = 8192;             // elements of dB
+
+  // A slice of rows makes one sweep over its g and x. Each slice sums its own dA and dB, so that
+  // the result does not depend on which thread ran when.
+  void Sweep(int64_t unit) const {
+    const int64_t element = unit / c_.slices, slice = unit % c_.slices;
+    const int64_t slice_rows = Blocks(std::max<int64_t>(c_.m, 1), c_.slices);
+    const int64_t end = std::min((slice + 1) * slice_rows, c_.m);
+    const void* x = c_.x.At(c_.batch, element);
+    const void* g = c_.g.At(c_.batch, element);
+    const float* h = c_.h.At(c_.batch, element);
+    const float* base = c_.base.At(c_.batch, element);
+    const float* b = Floats(c_.b, b_, c_.batch, element);
+    void* dx = c_.dx.At(c_.batch, element);
+    float* da = da_slices_ ? da_slices_ + unit * c_.r * c_.k : nullptr;
+    float* db = db_slices_ ? db_slices_ + unit * c_.r * c_.n : nullptr;
+    if (da) std::fill_n(da, c_.r * c_.k, 0.0f);
+    if (db) std::fill_n(db, c_.r * c_.n, 0.0f);
+    Scratch* scratch = ThreadScratch();
+    for (int64_t m0 = slice * slice_rows; m0 < end; m0 += kRowBlock) {
+      const int64_t rows = std::min(kRowBlock, end - m0);
+      const void* gm = At(g, m0 * c_.n, c_.dtype);
+      const void* xm = At(x, m0 * c_.k, c_.dtype);
+      float* tm = t_ ? t_ + (element * c_.m + m0) * c_.r : nullptr;
+      if (need_t_) kernels_.shrink(gm, rows, c_.n, b, c_.r, c_.scaling, tm, scratch);
+      if (db) kernels_.outer(h + m0 * c_.r, rows, c_.r, gm, c_.n, c_.scaling, db, scratch);
+      if (da) kernels_.outer(tm, rows, c_.r, xm, c_.k, 1.0f, da, scratch);
+      if (c_.dx && !product_) {
+        kernels_.expand(tm, rows, c_.r, at_.At(c_.batch, element).Read(), c_.k, 1.0f,
+                        base ? base + m0 * c_.k : nullptr, c_.k, nullptr,
+                        At(dx, m0 * c_.k, c_.dtype), c_.k);
+      }
+    }
+  }
+
+  // A block of dx = g·Wᵀ + t·Aᵀ where W is ours to multiply.
+  void Multiply(const Phases& phases, int64_t unit) const {
+    const int64_t m0 = unit % row_ranges_ * kProductRows;
+    unit /= row_ranges_;
+    const int64_t column_ranges = Blocks(c_.k, kColumns);
+    const int64_t k0 = unit % column_ranges * kColumns, product = unit / column_ranges;
+    const int64_t end = std::min(m0 + kProductRows, product_rows_);
+    const int64_t columns = std::min(kColumns, c_.k - k0);
+    const void* g = shared_ ? c_.g.data : c_.g.At(c_.batch, product);
+    Scratch* scratch = ThreadScratch();
+    kernels_.product_transposed(At(g, m0 * c_.n, c_.dtype), end - m0, c_.n,
+                                c_.kernel.At(c_.batch, product), k0, columns, scratch->sums,
+                                scratch);
+    phases.WaitBefore(2);
+    // The rows may be those of several elements, and an element's row that of others too.
+    const int64_t sharing = shared_ && c_.g.count == 1 ? c_.batch.count : 1;
+    for (int64_t m1 = m0, next; m1 < end; m1 = next) {
+      const int64_t first = product + m1 / c_.m, row = m1 % c_.m;
+      next = std::min(m1 - row + c_.m, end);
+      for (int64_t element = first; element < first + sharing; ++element) {
+        kernels_.expand(t_ + (element * c_.m + row) * c_.r, next - m1, c_.r,
+                        at_.At(c_.batch, element).From(k0).Read(), columns, 1.0f,
+                        scratch->sums + (m1 - m0) * columns, columns, nullptr,
+                        At(c_.dx.At(c_.batch, element), row * c_.k + k0, c_.dtype), c_.k);
+      }
+    }
+  }
+
+  // The slices' sums.
+  void SumOfA(int64_t unit) const {
+    const int64_t element = unit / da_ranges_, k0 = unit % da_ranges_ * kSumColumns;
+    const int64_t size = c_.r * c_.k;
+    kernels_.sum_transposed(da_slices_ + element * c_.slices * size, c_.slices, size, c_.k, c_.r,
+                            k0, std::min(k0 + kSumColumns, c_.k), c_.da.At(c_.batch, element));
+  }
+  void SumOfB(int64_t unit) const {
+    const int64_t element = unit / db_ranges_, i0 = unit % db_ranges_ * kSumSize;
+    const int64_t size = c_.r * c_.n;
+    KernelsFor(c_.b_dtype)
+        .sum(db_slices_ + element * c_.slices * size, c_.slices, size, i0,
+             std::min(i0 + kSumSize, size), c_.db.At(c_.batch, element));
+  }
+
+  const BackwardCall& c_;
+  const Kernels& kernels_ = KernelsFor(c_.dtype);
+  const bool product_ = c_.dx && c_.form == Form::kKernel;
+  const bool need_t_ = c_.dx || c_.da;
+
+  // One product with all rows of g where its W is shared, else one for each element. A g that is
+  // shared by some elements and not by all is so rare that it may be multiplied for each.
+  const bool shared_ = c_.kernel.count == 1 && (c_.g.count == c_.batch.count || c_.g.count == 1);
+  const int64_t products_ = shared_ ? 1 : c_.batch.count;
+  const int64_t product_rows_ = shared_ ? c_.g.count * c_.m : c_.m;
+
+  const int64_t row_ranges_ = Blocks(product_rows_, kProductRows);
+  const int64_t da_ranges_ = Blocks(c_.k, kSumColumns), db_ranges_ = Blocks(c_.r * c_.n, kSumSize);
+
+  Widened at_, b_;                                     // Aᵀ, B
+  float* t_ = nullptr;                                 // (batch, m, r)
+  float *da_slices_ = nullptr, *db_slices_ = nullptr;  // (batch, slices, r, k or n)
 };
 
 ffi::Error LoraForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer a, ffi::AnyBuffer b,
@@ -121,113 +358,12 @@ ffi::Error LoraForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer a,
                        float scaling, std::string_view form, int64_t slices) {
   ForwardCall c;
   ffi::Error error = ReadForward(x, a, b, rest, y, h, workspace, scaling, form, slices, &c);
-  if (error.failure()) return error;
-
-  const Kernels& kernels = KernelsFor(c.dtype);
-  const bool few = c.m <= kFew, few_to_shrink = c.m <= kFewToShrink;
-  const bool product = c.form == Form::kKernel;
+  if (error.failure() || c.batch.count == 0) return error;
   Workspace space(c.workspace, c.workspace_size);
-  const bool b_in_place = few && c.b_dtype == ffi::DataType::F32;
-  const int64_t width = kernels.panel;
-  const bool whole_panels = c.r % width == 0;  // then A is read as it lies
-  Factors factors;
-  if (!few_to_shrink && !whole_panels) {
-    factors.at = Panels<float>::RowMajor(space.Take(c.k * c.r), c.k, width);
-  }
-  if (!b_in_place) {
-    factors.b = few ? Panels<float>::RowMajor(space.Take(c.r * c.n), c.n, width)
-                    : Panels<float>::Packed(space.Take(c.r * Padded(c.n)), c.r, width);
-  }
-  float* wide_bias = !c.bias || c.dtype == ffi::DataType::F32 ? nullptr : space.Take(c.n);
-  float* partial = product ? space.Take(c.slices * c.m * c.n) : nullptr;
+  const Forward forward(c, &space);
   error = space.Check("lora_forward");
-  if (error.failure()) return error;
-  const float* bias = wide_bias ? wide_bias : static_cast<const float*>(c.bias);
-
-  const int64_t work = (c.k + c.n) * c.r * std::max<int64_t>(c.m, 1) +
-                       (product ? c.k * c.n * std::max<int64_t>(c.m, 8) : 0);
-  const int64_t threads = work < kWorthAThread ? 1 : std::max<int64_t>(pool.num_threads(), 1);
-
-  // What needs nothing but operands: A, B and bias in float32, and x·W in blocks of a slice of k, a
-  // range of columns and a range of rows.
-  const int64_t factor_blocks = factors.blocks(c), bias_blocks = wide_bias ? 1 : 0;
-  const int64_t row_ranges = Blocks(c.m, kProductRows);
-  const int64_t columns = few ? kFewColumns : kManyColumns;
-  const int64_t column_ranges = Blocks(c.n, columns);
-  const int64_t depth = Blocks(c.k, c.slices);
-  const auto prepare = [&](int64_t index) {
-    if (index < factor_blocks) return factors.Make(c, index);
-    index -= factor_blocks;
-    if (index < bias_blocks) {
-      return kernels.pack(c.bias, 1, c.n, 0, c.n, Panels<float>::RowMajor(wide_bias, c.n, width));
-    }
-    index -= bias_blocks;
-    const int64_t m0 = index % row_ranges * kProductRows;
-    const int64_t j0 = index / row_ranges % column_ranges * columns;
-    const int64_t slice = index / row_ranges / column_ranges;
-    kernels.product(At(c.x, m0 * c.k, c.dtype), std::min(kProductRows, c.m - m0), c.k,
-                    std::min(slice * depth, c.k), std::min((slice + 1) * depth, c.k), c.kernel, c.n,
-                    j0, std::min(columns, c.n - j0), partial + (slice * c.m + m0) * c.n + j0, c.n,
-                    ThreadScratch());
-  };
-
-  // A block of y, of the columns from j0 on.
-  const auto expand = [&](int64_t m0, int64_t rows, int64_t j0, int64_t block, const float* init,
-                          int64_t init_row) {
-    const float* h_rows = c.h + m0 * c.r;
-    const float* bias_block = bias ? bias + j0 : nullptr;
-    void* to = At(c.y, m0 * c.n + j0, c.dtype);
-    if (few) {
-      const float* b_rows = b_in_place ? static_cast<const float*>(c.b) : factors.b.data;
-      kernels.expand_few(h_rows, rows, c.r, b_rows + j0, c.n, block, c.scaling, init, init_row,
-                         bias_block, to, c.n, ThreadScratch());
-    } else {
-      kernels.expand(h_rows, rows, c.r, factors.b.From(j0).Read(), block, c.scaling, init, init_row,
-                     bias_block, to, c.n);
-    }
-  };
-
-  // h, and where W is not ours to multiply y too: one sweep.
-  const auto sweep = [&](int64_t index) {
-    const int64_t m0 = index * kRowBlock;
-    const int64_t rows = std::min(kRowBlock, c.m - m0);
-    const void* from = At(c.x, m0 * c.k, c.dtype);
-    float* to = c.h + m0 * c.r;
-    if (few_to_shrink) {
-      kernels.shrink_few(from, rows, c.k, c.a, c.r, to, ThreadScratch());
-    } else if (whole_panels) {
-      kernels.shrink_panels(from, rows, c.k, c.a, c.r, to, ThreadScratch());
-    } else {
-      kernels.shrink(from, rows, c.k, factors.at.data, c.r, 1.0f, to, ThreadScratch());
-    }
-    if (product) return;
-    expand(m0, rows, 0, c.n, c.base ? c.base + m0 * c.n : nullptr, c.n);
-  };
-
-  // The sum of the slices, bias and low-rank part of a block of y, rounded once.
-  const int64_t finish_rows = few ? kFew : kProductRows;
-  const int64_t finish_columns = Scratch::kSums / finish_rows;
-  const int64_t finish_ranges = Blocks(c.m, finish_rows);
-  const auto finish = [&](int64_t index) {
-    const int64_t m0 = index % finish_ranges * finish_rows;
-    const int64_t j0 = index / finish_ranges * finish_columns;
-    const int64_t rows = std::min(finish_rows, c.m - m0);
-    const int64_t block = std::min(finish_columns, c.n - j0);
-    float* sums = ThreadScratch()->sums;
-    kernels.gather(partial + m0 * c.n + j0, c.slices, c.m * c.n, rows, c.n, block, sums);
-    expand(m0, rows, j0, block, sums, block);
-  };
-
-  RunPhases(pool, threads,
-            {factor_blocks + bias_blocks + (product ? c.slices * column_ranges * row_ranges : 0),
-             Blocks(c.m, kRowBlock), product ? finish_ranges * Blocks(c.n, finish_columns) : 0},
-            !product && Backwards(c.x, c.y), [&](const Phases& phases, int phase, int64_t index) {
-              if (phase == 0) return prepare(index);
-              // A shrink alone, of an A that is read as it lies, waits for nothing.
-              if (phase > 1 || factors.at.data || !product) phases.WaitBefore(phase);
-              return phase == 1 ? sweep(index) : finish(index);
-            });
-  return ffi::Error::Success();
+  if (error.success()) forward.Run(pool);
+  return error;
 }
 
 ffi::Error LoraBackward(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer x, ffi::AnyBuffer a,
@@ -236,97 +372,12 @@ ffi::Error LoraBackward(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer x
                         std::string_view grads, int64_t slices) {
   BackwardCall c;
   ffi::Error error = ReadBackward(g, x, a, b, h, rest, results, scaling, form, grads, slices, &c);
-  if (error.failure()) return error;
-
-  const Kernels& kernels = KernelsFor(c.dtype);
-  const bool product = c.dx && c.form == Form::kKernel;
-  const bool need_t = c.dx || c.da;
+  if (error.failure() || c.batch.count == 0) return error;
   Workspace space(c.workspace, c.workspace_size);
-  const int64_t width = kernels.panel;
-  const bool b_in_place = c.b_dtype == ffi::DataType::F32;
-  Factors factors;
-  if (c.dx) factors.at = Panels<float>::Packed(space.Take(c.r * Padded(c.k)), c.r, width);
-  if (need_t && !b_in_place) {
-    factors.b = Panels<float>::RowMajor(space.Take(c.r * c.n), c.n, width);
-  }
-  float* t = need_t ? space.Take(c.m * c.r) : nullptr;
-  float* da_slices = c.da ? space.Take(c.slices * c.r * c.k) : nullptr;
-  float* db_slices = c.db ? space.Take(c.slices * c.r * c.n) : nullptr;
+  const Backward backward(c, &space);
   error = space.Check("lora_backward");
-  if (error.failure()) return error;
-  const float* bf = b_in_place ? static_cast<const float*>(c.b) : factors.b.data;
-
-  const int64_t work = (c.k + c.n) * c.r * std::max<int64_t>(c.m, 1) * 2 +
-                       (product ? c.k * c.n * std::max<int64_t>(c.m, 8) : 0);
-  const int64_t threads = work < kWorthAThread ? 1 : std::max<int64_t>(pool.num_threads(), 1);
-
-  // Phase 1: a slice of rows makes one sweep over its g and x. Each slice sums its own dA and dB,
-  // so that the result does not depend on which thread ran when.
-  const int64_t slice_rows = Blocks(std::max<int64_t>(c.m, 1), c.slices);
-  const auto sweep = [&](int64_t slice) {
-    const int64_t end = std::min((slice + 1) * slice_rows, c.m);
-    float* da = da_slices ? da_slices + slice * c.r * c.k : nullptr;
-    float* db = db_slices ? db_slices + slice * c.r * c.n : nullptr;
-    if (da) std::fill_n(da, c.r * c.k, 0.0f);
-    if (db) std::fill_n(db, c.r * c.n, 0.0f);
-    for (int64_t m0 = slice * slice_rows; m0 < end; m0 += kRowBlock) {
-      const int64_t rows = std::min(kRowBlock, end - m0);
-      const void* gm = At(c.g, m0 * c.n, c.dtype);
-      const void* xm = At(c.x, m0 * c.k, c.dtype);
-      float* tm = t ? t + m0 * c.r : nullptr;
-      if (need_t) kernels.shrink(gm, rows, c.n, bf, c.r, c.scaling, tm, ThreadScratch());
-      if (db) kernels.outer(c.h + m0 * c.r, rows, c.r, gm, c.n, c.scaling, db, ThreadScratch());
-      if (da) kernels.outer(tm, rows, c.r, xm, c.k, 1.0f, da, ThreadScratch());
-      if (c.dx && !product) {
-        kernels.expand(tm, rows, c.r, factors.at.Read(), c.k, 1.0f,
-                       c.base ? c.base + m0 * c.k : nullptr, c.k, nullptr,
-                       At(c.dx, m0 * c.k, c.dtype), c.k);
-      }
-    }
-  };
-
-  // Phase 2: the slices' sums, and dx = g·Wᵀ + t·Aᵀ where W is ours to multiply.
-  constexpr int64_t kSumBlock = 1024, kSumRanks = 8;  // columns of dAᵀ; elements of dB
-  const int64_t da_blocks = c.da ? Blocks(c.k, kSumBlock) : 0;
-  const int64_t db_blocks = c.db ? Blocks(c.r * c.n, kSumBlock * kSumRanks) : 0;
-  const int64_t columns = Scratch::kPanel;
-  const int64_t product_blocks = Blocks(c.m, Scratch::kRows);
-  const int64_t dx_blocks = product ? product_blocks * Blocks(c.k, columns) : 0;
-
-  RunPhases(pool, threads, {factors.blocks(c), c.slices, dx_blocks + da_blocks + db_blocks},
-            /*backwards=*/false, [&](const Phases& phases, int phase, int64_t index) {
-              if (phase == 0) return factors.Make(c, index);
-              if (phase == 1) {
-                phases.WaitBefore(1);
-                return sweep(index);
-              }
-              if (index < dx_blocks) {
-                const int64_t m0 = index % product_blocks * int64_t{Scratch::kRows};
-                const int64_t k0 = index / product_blocks * columns;
-                const int64_t rows = std::min<int64_t>(Scratch::kRows, c.m - m0);
-                const int64_t block = std::min(columns, c.k - k0);
-                Scratch* scratch = ThreadScratch();
-                kernels.product_transposed(At(c.g, m0 * c.n, c.dtype), rows, c.n, c.kernel, k0,
-                                           block, scratch->sums, scratch);
-                phases.WaitBefore(2);
-                kernels.expand(t + m0 * c.r, rows, c.r, factors.at.From(k0).Read(), block, 1.0f,
-                               scratch->sums, block, nullptr, At(c.dx, m0 * c.k + k0, c.dtype),
-                               c.k);
-                return;
-              }
-              phases.WaitBefore(2);
-              index -= dx_blocks;
-              if (index < da_blocks) {
-                const int64_t k0 = index * kSumBlock;
-                kernels.sum_transposed(da_slices, c.slices, c.r * c.k, c.k, c.r, k0,
-                                       std::min(k0 + kSumBlock, c.k), c.da);
-              } else {
-                const int64_t i0 = (index - da_blocks) * kSumBlock * kSumRanks;
-                KernelsFor(c.b_dtype).sum(db_slices, c.slices, c.r * c.n, i0,
-                                          std::min(i0 + kSumBlock * kSumRanks, c.r * c.n), c.db);
-              }
-            });
-  return ffi::Error::Success();
+  if (error.success()) backward.Run(pool);
+  return error;
 }
 
 XLA_FFI_DEFINE_HANDLER(kForward, LoraForward, BindForward(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));

@@ -1,6 +1,11 @@
 // The two custom calls on NVIDIA GPUs: which kernels a call launches, on which operands, and where
 // in the call's workspace they keep what they need. The stream is XLA's; nothing is allocated, and
 // nobody waits, so XLA may put the launches into a CUDA graph.
+//
+// The elements of a batch are launched one after the other and take turns with one workspace. That
+// is safe because the stream has them in order: an element's first kernel is launched as usual and
+// so starts when all before it have ended. The kernels that are programmatic dependents (decode,
+// gemm_sm90) come directly after one of their own element, and end after it.
 
 #include "native/calls.h"
 
@@ -37,7 +42,7 @@ int64_t LayerWorkspace(const Sizes& sizes, std::string_view form) {
                                       : (sizes.rows * GemmSm90Width(sizes.rank) + 1) / 2);
 }
 
-// What the two calls take, in all.
+// What the two calls take, in all: one element, however many there are.
 int64_t Workspace(int64_t m, int64_t k, int64_t n, int64_t r, std::string_view form,
                   std::string_view grads) {
   const Sizes straight = {m, k, n, r}, transposed = {m, n, k, r};
@@ -167,25 +172,14 @@ class Launcher {
   std::string error_;
 };
 
-ffi::Error LoraForward(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer a, ffi::AnyBuffer b,
-                       ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y,
-                       ffi::Result<ffi::AnyBuffer> h, ffi::Result<ffi::AnyBuffer> workspace,
-                       float scaling, std::string_view form, int64_t slices) {
-  ForwardCall c;
-  ffi::Error error = ReadForward(x, a, b, rest, y, h, workspace, scaling, form, slices, &c);
-  if (error.failure()) return error;
+// One element of a batch.
+ffi::Error Forward(const ForwardCall& c, cudaStream_t stream) {
   Launcher launcher("lora_forward", c, stream);
   launcher.Layer(false, c.x, 1.0f, c.scaling, c.base, c.bias, c.h, c.y);
   return launcher.error();
 }
 
-ffi::Error LoraBackward(cudaStream_t stream, ffi::AnyBuffer g, ffi::AnyBuffer x, ffi::AnyBuffer a,
-                        ffi::AnyBuffer b, ffi::AnyBuffer h, ffi::RemainingArgs rest,
-                        ffi::RemainingRets results, float scaling, std::string_view form,
-                        std::string_view grads, int64_t slices) {
-  BackwardCall c;
-  ffi::Error error = ReadBackward(g, x, a, b, h, rest, results, scaling, form, grads, slices, &c);
-  if (error.failure()) return error;
+ffi::Error Backward(const BackwardCall& c, cudaStream_t stream) {
   Launcher launcher("lora_backward", c, stream);
   float* const t = c.dx || c.da ? launcher.Take(c.m * c.r) : nullptr;
   if (c.dx) {
@@ -196,6 +190,30 @@ ffi::Error LoraBackward(cudaStream_t stream, ffi::AnyBuffer g, ffi::AnyBuffer x,
   if (c.da) launcher.Grad(false, c.x, t, 1.0f, c.da);
   if (c.db) launcher.Grad(true, c.g, c.h, c.scaling, c.db);
   return launcher.error();
+}
+
+ffi::Error LoraForward(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer a, ffi::AnyBuffer b,
+                       ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y,
+                       ffi::Result<ffi::AnyBuffer> h, ffi::Result<ffi::AnyBuffer> workspace,
+                       float scaling, std::string_view form, int64_t slices) {
+  ForwardCall c;
+  ffi::Error error = ReadForward(x, a, b, rest, y, h, workspace, scaling, form, slices, &c);
+  for (int64_t i = 0; i < c.batch.count && error.success(); ++i) {
+    error = Forward(c.Element(i), stream);
+  }
+  return error;
+}
+
+ffi::Error LoraBackward(cudaStream_t stream, ffi::AnyBuffer g, ffi::AnyBuffer x, ffi::AnyBuffer a,
+                        ffi::AnyBuffer b, ffi::AnyBuffer h, ffi::RemainingArgs rest,
+                        ffi::RemainingRets results, float scaling, std::string_view form,
+                        std::string_view grads, int64_t slices) {
+  BackwardCall c;
+  ffi::Error error = ReadBackward(g, x, a, b, h, rest, results, scaling, form, grads, slices, &c);
+  for (int64_t i = 0; i < c.batch.count && error.success(); ++i) {
+    error = Backward(c.Element(i), stream);
+  }
+  return error;
 }
 
 XLA_FFI_DEFINE_HANDLER(kForward, LoraForward,

@@ -169,7 +169,7 @@ class Gpu {
   std::map<Key, Held<id<MTLComputePipelineState>>> pipelines_;
 };
 
-// An operand as the GPU sees it.
+// An operand as the GPU sees it, the whole batch of it.
 struct Wrapped {
   Held<id<MTLBuffer>> buffer;
   size_t offset = 0;
@@ -182,7 +182,7 @@ Wrapped Wrap(id<MTLDevice> device, const Operand& operand) {
   const uintptr_t page = static_cast<uintptr_t>(getpagesize());
   const uintptr_t address = reinterpret_cast<uintptr_t>(operand.data);
   const uintptr_t begin = address / page * page;
-  const uintptr_t end = (address + operand.bytes + page - 1) / page * page;
+  const uintptr_t end = (address + operand.size() + page - 1) / page * page;
   Wrapped wrapped;
   wrapped.offset = address - begin;
   wrapped.buffer =
@@ -194,16 +194,16 @@ Wrapped Wrap(id<MTLDevice> device, const Operand& operand) {
     wrapped.copied = true;
     wrapped.offset = 0;
     wrapped.buffer = Held<id<MTLBuffer>>(
-        operand.result ? [device newBufferWithLength:operand.bytes
+        operand.result ? [device newBufferWithLength:operand.size()
                                              options:MTLResourceStorageModeShared]
                        : [device newBufferWithBytes:operand.data
-                                             length:operand.bytes
+                                             length:operand.size()
                                             options:MTLResourceStorageModeShared]);
   }
   // Names the operand inside its pages, for a GPU capture and for the emulator, which lets a
   // kernel touch nothing else of them.
   [wrapped.buffer.get() addDebugMarker:String(operand.name)
-                                 range:NSMakeRange(wrapped.offset, operand.bytes)];
+                                 range:NSMakeRange(wrapped.offset, operand.size())];
   return wrapped;
 }
 
@@ -234,6 +234,32 @@ struct Pending {
   }
 };
 
+using AllWrapped = std::array<Wrapped, std::tuple_size<decltype(Plan::operands)>::value>;
+
+// A dispatch of one element of the batch. An encoder has its dispatches run one after the other.
+void Encode(id<MTLComputeCommandEncoder> encoder, const Plan& plan, const Dispatch& dispatch,
+            id<MTLComputePipelineState> pipeline, const AllWrapped& wrapped, int64_t element) {
+  [encoder setComputePipelineState:pipeline];
+  [encoder setBytes:&dispatch.sizes length:sizeof(dispatch.sizes) atIndex:0];
+  for (size_t i = 0; i < dispatch.arguments.size(); ++i) {
+    const int argument = dispatch.arguments[i];
+    id<MTLBuffer> buffer = nil;
+    size_t offset = 0;
+    if (argument != Dispatch::kNone) {
+      const Operand& operand = plan.operands[argument];
+      buffer = wrapped[argument].buffer.get();
+      offset = wrapped[argument].offset +
+               static_cast<size_t>(operand.Index(plan.batch, element) * operand.bytes);
+    }
+    [encoder setBuffer:buffer offset:offset atIndex:i + 1];
+  }
+  if (dispatch.threadgroup_bytes != 0) {
+    [encoder setThreadgroupMemoryLength:dispatch.threadgroup_bytes atIndex:0];
+  }
+  [encoder dispatchThreadgroups:MTLSizeMake(dispatch.groups[0], dispatch.groups[1], 1)
+          threadsPerThreadgroup:MTLSizeMake(dispatch.threads, 1, 1)];
+}
+
 // Commits the plan's dispatches in one command buffer. Empty, or why it could not.
 std::string Commit(const Plan& plan, ffi::DataType dtype, std::unique_ptr<Pending> pending) {
   Gpu* const gpu = Gpu::Instance();
@@ -245,43 +271,31 @@ std::string Commit(const Plan& plan, ffi::DataType dtype, std::unique_ptr<Pendin
     pipelines[i] = gpu->Pipeline(plan.dispatches[i], dtype, &error);
     if (pipelines[i] == nil) return error;
   }
-  std::array<Wrapped, std::tuple_size<decltype(plan.operands)>::value> wrapped;
+  AllWrapped wrapped;
   for (int i = 0; i < plan.operand_count; ++i) {
     const Operand& operand = plan.operands[i];
-    if (operand.bytes == 0) continue;  // no kernel touches it
+    if (operand.size() == 0) continue;  // no kernel touches it
     wrapped[i] = Wrap(gpu->device(), operand);
     if (!wrapped[i].buffer) {
       return "no memory for a copy of " + std::string(operand.name) + ", " +
-             std::to_string(operand.bytes) + " bytes";
+             std::to_string(operand.size()) + " bytes";
     }
   }
 
   id<MTLCommandBuffer> commands = [gpu->queue() commandBuffer];
   id<MTLComputeCommandEncoder> encoder = [commands computeCommandEncoder];
   if (encoder == nil) return "no command buffer can be had";
-  for (int i = 0; i < plan.dispatch_count; ++i) {
-    const Dispatch& dispatch = plan.dispatches[i];
-    [encoder setComputePipelineState:pipelines[i]];
-    [encoder setBytes:&dispatch.sizes length:sizeof(dispatch.sizes) atIndex:0];
-    for (size_t j = 0; j < dispatch.arguments.size(); ++j) {
-      const int operand = dispatch.arguments[j];
-      const bool used = operand != Dispatch::kNone;
-      [encoder setBuffer:used ? wrapped[operand].buffer.get() : nil
-                  offset:used ? wrapped[operand].offset : 0
-                 atIndex:j + 1];
+  for (int64_t element = 0; element < plan.batch.count; ++element) {
+    for (int i = 0; i < plan.dispatch_count; ++i) {
+      Encode(encoder, plan, plan.dispatches[i], pipelines[i], wrapped, element);
     }
-    if (dispatch.threadgroup_bytes != 0) {
-      [encoder setThreadgroupMemoryLength:dispatch.threadgroup_bytes atIndex:0];
-    }
-    [encoder dispatchThreadgroups:MTLSizeMake(dispatch.groups[0], dispatch.groups[1], 1)
-            threadsPerThreadgroup:MTLSizeMake(dispatch.threads, 1, 1)];
   }
   [encoder endEncoding];
 
   for (int i = 0; i < plan.operand_count; ++i) {
     const Operand& operand = plan.operands[i];
     if (operand.result && wrapped[i].copied) {
-      pending->results.push_back({std::move(wrapped[i].buffer), operand.data, operand.bytes});
+      pending->results.push_back({std::move(wrapped[i].buffer), operand.data, operand.size()});
     }
   }
   Pending* const owned = pending.release();

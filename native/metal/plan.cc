@@ -13,14 +13,17 @@ constexpr uint32_t kThinRows = 32, kShortThinRows = 16, kShortRank = 128, kTile 
 constexpr uint32_t kThreads = 128, kRowThreads = 256;
 constexpr int64_t kMaxRank = 256;
 
-size_t Width(ffi::DataType dtype) { return dtype == ffi::DataType::F32 ? 4 : 2; }
+int64_t Width(ffi::DataType dtype) { return dtype == ffi::DataType::F32 ? 4 : 2; }
 
 uint32_t Blocks(uint32_t size, uint32_t block) { return size / block + (size % block != 0); }
 
 // Fills a plan in. Operands are added first; dispatches name them by what Add returned.
 class Planner {
  public:
-  Planner(const Call& call, Plan* plan) : call_(call), plan_(*plan) { *plan = Plan(); }
+  Planner(const Call& call, Plan* plan) : call_(call), plan_(*plan) {
+    plan_ = Plan();
+    plan_.batch = call.batch;
+  }
 
   ffi::Error Check(const char* name) const {
     const auto refuse = [&](const std::string& what) {
@@ -40,11 +43,13 @@ class Planner {
     return ffi::Error::Success();
   }
 
-  int Read(const char* name, const void* data, int64_t elements, ffi::DataType dtype) {
-    return Add(name, const_cast<void*>(data), elements, dtype, false);
+  template <class T>
+  int Read(const char* name, const Batched<T>& of, int64_t elements, ffi::DataType dtype) {
+    return Add(name, of, elements, dtype, false);
   }
-  int Write(const char* name, void* data, int64_t elements, ffi::DataType dtype) {
-    return Add(name, data, elements, dtype, true);
+  template <class T>
+  int Write(const char* name, const Batched<T>& of, int64_t elements, ffi::DataType dtype) {
+    return Add(name, of, elements, dtype, true);
   }
 
   // h (rows, rank) = scaling · x·A. A factor that is read transposed is B.
@@ -96,9 +101,17 @@ class Planner {
  private:
   bool Few() const { return call_.m <= kFewRows; }
 
-  int Add(const char* name, void* data, int64_t elements, ffi::DataType dtype, bool result) {
-    plan_.operands[plan_.operand_count] = {name, data, static_cast<size_t>(elements) * Width(dtype),
-                                           result};
+  // `elements` of a matrix
+  template <class T>
+  int Add(const char* name, const Batched<T>& of, int64_t elements, ffi::DataType dtype,
+          bool result) {
+    Operand& operand = plan_.operands[plan_.operand_count];
+    operand.name = name;
+    operand.data = const_cast<void*>(static_cast<const void*>(of.data));
+    operand.axes = of.axes;
+    operand.count = of.count;
+    operand.bytes = elements * Width(dtype);
+    operand.result = result;
     return plan_.operand_count++;
   }
 
@@ -145,7 +158,7 @@ bool Constants::operator<(const Constants& other) const {
 ffi::Error PlanForward(const ForwardCall& c, Plan* plan) {
   Planner planner(c, plan);
   ffi::Error error = planner.Check("lora_forward");
-  if (error.failure()) return error;
+  if (error.failure() || c.batch.count == 0) return error;
   const int x = planner.Read("x", c.x, c.m * c.k, c.dtype);
   const int a = planner.Read("lora_a", c.a, c.k * c.r, c.dtype);
   const int b = planner.Read("lora_b", c.b, c.r * c.n, c.b_dtype);
@@ -165,7 +178,7 @@ ffi::Error PlanForward(const ForwardCall& c, Plan* plan) {
 ffi::Error PlanBackward(const BackwardCall& c, Plan* plan) {
   Planner planner(c, plan);
   ffi::Error error = planner.Check("lora_backward");
-  if (error.failure()) return error;
+  if (error.failure() || c.batch.count == 0) return error;
   const bool need_t = c.dx || c.da;
   if (need_t && c.workspace_size < c.m * c.r) {
     return ffi::Error::InvalidArgument("lora_backward: workspace has " +
@@ -179,7 +192,7 @@ ffi::Error PlanBackward(const BackwardCall& c, Plan* plan) {
     planner.Grad(true, c.scaling, g, h, planner.Write("db", c.db, c.r * c.n, c.b_dtype));
   }
   if (!need_t) return ffi::Error::Success();
-  const int t = planner.Write("t", c.workspace, c.m * c.r, ffi::DataType::F32);
+  const int t = planner.Write("t", Batched<float>(c.workspace), c.m * c.r, ffi::DataType::F32);
   const int a = planner.Read("lora_a", c.a, c.k * c.r, c.dtype);
   const int dx = c.dx ? planner.Write("dx", c.dx, c.m * c.k, c.dtype) : Dispatch::kNone;
   if (c.dx && c.form == Form::kDelta) {

@@ -1,6 +1,7 @@
 // What a call does on the GPU, as data: which kernels run in which order, on which operands, over
-// which grid. Plain C++, so that whatever launches kernels can follow the same plan: the
-// Objective-C++ host, and a check of the shaders on another GPU.
+// which grid. The plan is that of one element of a batch; the next one's has other matrices of the
+// same operands, and the same scratch. Plain C++, so that whatever launches kernels can follow the
+// same plan: the Objective-C++ host, and a check of the shaders on another GPU.
 #ifndef JAX_FUSED_LORA_NATIVE_METAL_PLAN_H_
 #define JAX_FUSED_LORA_NATIVE_METAL_PLAN_H_
 
@@ -14,11 +15,11 @@
 namespace jax_fused_lora {
 
 // A buffer of the call. Results are written, and read again by later dispatches.
-struct Operand {
+struct Operand : Batched<void> {
   const char* name = nullptr;
-  void* data = nullptr;
-  size_t bytes = 0;
   bool result = false;
+
+  size_t size() const { return static_cast<size_t>(count * bytes); }
 };
 
 // The kernels' function constants, in the order of their index in the shaders.
@@ -45,6 +46,7 @@ struct Dispatch {
 };
 
 struct Plan {
+  Batch batch;
   std::array<Operand, 10> operands;
   int operand_count = 0;
   std::array<Dispatch, 4> dispatches;

@@ -220,7 +220,7 @@ class Gpu {
     for (int i = 0; i < plan.operand_count; ++i) {
       const Operand& operand = plan.operands[i];
       const auto found = sizes.find(operand.data);
-      if (found == sizes.end() || found->second != operand.bytes) {
+      if (found == sizes.end() || found->second != operand.size()) {
         Die("%s: the plan's %s is not one of the call's operands", name.c_str(), operand.name);
       }
     }

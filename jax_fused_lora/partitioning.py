@@ -1,0 +1,212 @@
+"""How the two calls run on a mesh: which axes each device keeps, and what is summed over devices.
+
+A bare FFI call makes XLA's partitioner gather its operands. `custom_partitioning` tells it more: a
+Shardy rule, by which shardings propagate through the call, and a function that takes what became of
+that and says which part of the call each device computes. The parts of a call are calls
+themselves, on slices:
+
+* rows (data parallel) and batch axes: nothing is summed but dA and dB, over the axes of the rows;
+* out_features (column parallel): dx and dA are summed;
+* in_features (row parallel): the expand is linear, so each device runs the whole fused call on its
+  slice; y and h are summed once, together, and one device adds the bias;
+* the rank is never split: A and B are gathered.
+
+A mesh axis that more than one of these want goes to the rows first, then to out_features and
+in_features as W has them, W being the largest operand; so a W that is sharded for storage over the
+axes of the data (FSDP) is gathered where it is used, and nothing else is.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Axes = tuple[str, ...]  # of a mesh
+Factors = tuple[str, ...]  # what the axes of an operand or result stand for
+
+
+class Call(NamedTuple):
+    """What the axes of a call's operands and results stand for, after the batch axes.
+
+    Attributes:
+        operands: for each a string of "m", all rows, "k", "n" and "r"; the last may be absent.
+        results: the same by the name that `grads` gives a result, for `lora_forward` "y" and "h".
+        shard: a device's part: `shard(call, axes, operands, names)`, with the one-device call, the
+            mesh axes of each factor, and the names of the results.
+        prefer: (factor, operand) pairs; the first to have a free mesh axis for a factor gets it.
+    """
+
+    operands: tuple[str, ...]
+    results: Mapping[str, str]
+    shard: Callable[..., tuple[jax.Array, ...]]
+    prefer: tuple[tuple[str, int], ...]
+
+
+def partitioned(
+    call: Call,
+    on_one_device: Callable[..., Any],
+    definition: Callable[..., Any],
+    *operands: jax.Array,
+    **params: Any,
+) -> Any:
+    """`on_one_device(*operands, **params)`, which on a mesh runs on each device's part.
+
+    Inside a `shard_map` over some axes of a mesh only, `custom_partitioning` cannot say what
+    becomes of the others: there XLA partitions the definition, or gathers the operands of a call
+    that was asked for by name.
+    """
+    mesh = jax.typeof(operands[0]).sharding.mesh
+    if mesh.manual_axes and mesh.manual_axes != mesh.axis_names:
+        some = definition if params["implementation"] is None else on_one_device
+        return some(*operands, **params)
+    batch_axes = operands[call.operands.index("kr")].ndim - 2
+    names = params.get("grads", tuple(call.results))
+    batch = [max(sizes) for sizes in zip(*(o.shape[:batch_axes] for o in operands), strict=True)]
+    row_axes = operands[0].ndim - batch_axes - 1
+
+    def factors(dims: str, sizes: Sequence[int], tag: str) -> Factors:
+        """An axis of size 1 that others have more of is a factor of its own."""
+        own = [f"b{i}" if size == batch[i] else f"{tag}{i}" for i, size in enumerate(sizes)]
+        rows = [f"m{i}" for i in range(row_axes)]
+        return (*own, *(f for dim in dims for f in (rows if dim == "m" else [dim])))
+
+    given = [
+        factors(dims, operand.shape[:batch_axes], f"o{i}x")
+        for i, (dims, operand) in enumerate(zip(call.operands, operands, strict=False))
+    ]
+    wanted = [factors(call.results[name], batch, "") for name in names]
+
+    def per_device(axes: Mapping[str, Axes]) -> Callable[..., Any]:
+        return lambda *parts: call.shard(
+            lambda *parts: on_one_device(*parts, **params), axes, parts, names
+        )
+
+    whole = custom_partitioning(lambda *operands: tuple(on_one_device(*operands, **params)))
+    kept = {factor for result in wanted for factor in result}
+    summed = {factor for operand in given for factor in operand} - kept - {"r"}
+    whole.def_partition(
+        lambda mesh, args, results: _partition(
+            call, mesh, args, results, given, wanted, per_device
+        ),
+        sharding_rule=f"{_rule(given)} -> {_rule(wanted)}",
+        need_replication_factors=("r",),
+        reduction_factors=tuple(sorted(f for f in summed if f in ("k", "n") or f[0] == "m")),
+    )
+    return whole(*operands)
+
+
+def _rule(factors: Sequence[Factors]) -> str:
+    return ", ".join(" ".join(each) for each in factors)
+
+
+def _partition(
+    call: Call,
+    mesh: Mesh,
+    args: Sequence[jax.ShapeDtypeStruct],
+    results: Sequence[jax.ShapeDtypeStruct],
+    given: Sequence[Factors],
+    wanted: Sequence[Factors],
+    per_device: Callable[[Mapping[str, Axes]], Callable[..., Any]],
+) -> Any:
+    """What `custom_partitioning` asks: the mesh, a device's part, and the shardings it needs."""
+    for like in (*args, *results):
+        if not isinstance(like.sharding, NamedSharding):
+            raise NotImplementedError(
+                f"jax_fused_lora: an operand is sharded by {like.sharding}, needed a NamedSharding "
+                'of a mesh; pass implementation="xla", which takes any sharding'
+            )
+    axes = _assign(call, mesh, args, results, given, wanted)
+
+    def sharding(factors: Factors) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*(axes.get(f) or None for f in factors)))
+
+    return mesh, per_device(axes), tuple(map(sharding, wanted)), tuple(map(sharding, given))
+
+
+def _assign(
+    call: Call,
+    mesh: Mesh,
+    args: Sequence[jax.ShapeDtypeStruct],
+    results: Sequence[jax.ShapeDtypeStruct],
+    given: Sequence[Factors],
+    wanted: Sequence[Factors],
+) -> dict[str, Axes]:
+    """The mesh axes of each factor, none of them twice."""
+    axes: dict[str, Axes] = {}
+    used: set[str] = set()
+
+    def offer(factor: str, like: jax.ShapeDtypeStruct, factors: Factors) -> None:
+        at = factors.index(factor)
+        spec = like.sharding.spec[at] if at < len(like.sharding.spec) else None
+        asked = (spec,) if isinstance(spec, str) else tuple(spec or ())
+        free = tuple(axis for axis in asked if axis not in used)
+        # XLA pads uneven parts, and sums over what it padded with would be wrong.
+        if free and not axes.get(factor) and like.shape[at] % _size(mesh, free) == 0:
+            axes[factor] = free
+            used.update(free)
+
+    everything = [*zip(args, given, strict=True), *zip(results, wanted, strict=True)]
+    for like, factors in everything:
+        for factor in factors:
+            if factor[0] in "bm":
+                offer(factor, like, factors)
+    for factor, operand in call.prefer:
+        if operand < len(args):
+            offer(factor, args[operand], given[operand])
+    for like, factors in everything:
+        for factor in {"k", "n"} & set(factors):
+            offer(factor, like, factors)
+    return axes
+
+
+def _size(mesh: Mesh, axes: Axes) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _forward_part(
+    call: Callable[..., Any],
+    axes: Mapping[str, Axes],
+    operands: Sequence[jax.Array],
+    names: Sequence[str],
+) -> tuple[jax.Array, ...]:
+    over = axes.get("k")
+    if not over:
+        return tuple(call(*operands))
+    *others, bias = operands if len(operands) == len(FORWARD.operands) else (*operands, None)
+    if bias is not None:
+        others.append(jnp.where(jax.lax.axis_index(over) == 0, bias, jnp.zeros_like(bias)))
+    return tuple(jax.lax.psum(tuple(call(*others)), over))
+
+
+def _backward_part(
+    call: Callable[..., Any],
+    axes: Mapping[str, Axes],
+    operands: Sequence[jax.Array],
+    names: Sequence[str],
+) -> tuple[jax.Array, ...]:
+    results = dict(zip(names, call(*operands), strict=True))
+    rows = tuple(axis for factor in sorted(axes) if factor[0] == "m" for axis in axes[factor])
+    # dA in both, so that each is one all-reduce, as in plain jax.numpy.
+    for over, summed in ((axes.get("n"), "xa"), (rows, "ab")):
+        some = {name: results[name] for name in summed if name in results}
+        if over and some:
+            results |= jax.lax.psum(some, over)
+    return tuple(results[name] for name in names)
+
+
+FORWARD = Call(
+    operands=("mk", "kr", "rn", "kn", "n"),
+    results={"y": "mn", "h": "mr"},
+    shard=_forward_part,
+    prefer=(("n", 3), ("n", 2), ("k", 3), ("k", 1)),
+)
+BACKWARD = Call(
+    operands=("mn", "mk", "kr", "rn", "mr", "kn"),
+    results={"x": "mk", "a": "kr", "b": "rn"},
+    shard=_backward_part,
+    prefer=(("n", 5), ("n", 3), ("k", 5), ("k", 2)),
+)
