@@ -111,15 +111,19 @@ def _lora(
     scaling = _check_scaling(scaling)
     _check_implementation(implementation, operands["x"].dtype, operands["lora_a"].shape[1])
 
-    def compute(operands: dict[str, jax.Array], scaling: float | jax.Array) -> jax.Array:
-        return _compute(**operands, scaling=scaling, implementation=implementation)
+    # What auto_axes takes becomes an array, and a number is to stay one, compiled in.
+    static: Any = {"scaling": scaling} if isinstance(scaling, float) else {}
+    traced = {} if static else {"scaling": scaling}
+
+    def compute(operands: dict[str, Any]) -> jax.Array:
+        return _compute(**operands, **static, implementation=implementation)
 
     sharding = _explicit_sharding(operands, out_sharding)
     if sharding is None:
-        return compute(operands, scaling)
+        return compute({**operands, **traced})
     # Inside, all axes are Auto: what each device computes is decided as on any other mesh.
-    with jax.sharding.use_abstract_mesh(sharding.mesh):
-        return jax.sharding.auto_axes(compute, out_sharding=sharding)(operands, scaling)
+    with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
+        return jax.sharding.auto_axes(compute, out_sharding=sharding)({**operands, **traced})
 
 
 def _compute(
@@ -138,10 +142,10 @@ def _compute(
         # In float32, whatever B's dtype: in 16 bits the product would lose B's low bits.
         lora_b = scaling.astype(jnp.float32) * lora_b.astype(jnp.float32)
         scaling = 1.0
+    x, lora_a, lora_b, kernel, bias = _varying_alike(x, lora_a, lora_b, kernel, bias)
     return primitives.forward(
-        *_varying_alike(x, lora_a, lora_b, kernel, bias),
-        scaling=scaling, implementation=implementation,
-    )  # fmt: skip
+        x, lora_a, lora_b, kernel, bias, scaling=scaling, implementation=implementation
+    )
 
 
 def _explicit_sharding(
@@ -155,11 +159,11 @@ def _explicit_sharding(
     mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
     if mesh is None and out_sharding is None:
         return None
-    x, kernel = operands["x"], operands.get("kernel")
+    x: Any = operands["x"]
+    kernel: Any = operands.get("kernel")
     if kernel is None:  # A·B stands for W
         lora_a, lora_b = operands["lora_a"], operands["lora_b"]
-        shape = (lora_a.shape[0], lora_b.shape[1])
-        kernel = jax.ShapeDtypeStruct(shape, x.dtype)
+        kernel = jax.ShapeDtypeStruct((lora_a.shape[0], lora_b.shape[1]), x.dtype)
         if mesh is not None:
             k, n = (jax.typeof(o).sharding.spec[at] for o, at in ((lora_a, 0), (lora_b, 1)))
             spec = PartitionSpec(k, None if k == n else n)
@@ -168,12 +172,12 @@ def _explicit_sharding(
     return jax.eval_shape(product, x, kernel).sharding
 
 
-def _varying_alike(*operands: jax.Array | None) -> list[jax.Array | None]:
+def _varying_alike(*operands: Any) -> list[Any]:
     """Inside `shard_map`, makes every operand vary over the mesh axes that any of them varies over.
 
     A gradient of an operand that is the same on all devices is the sum over them of what each
-    computes. The transpose of this cast is that sum; a `custom_vjp` behind it has none of its own,
-    and its gradients of replicated adapters would silently be one device's part.
+    computes. The transpose of this cast is that sum; the calls behind it have none of their own,
+    and their gradients of replicated adapters would silently be one device's part.
     """
     vmas = [frozenset() if o is None else jax.typeof(o).manual_axis_type.varying for o in operands]
     every = frozenset().union(*vmas)

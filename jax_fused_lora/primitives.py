@@ -142,18 +142,20 @@ _MOVING = "xabwc"  # operands of lora_forward_p that have tangents: x, A, B, W a
 
 
 def _forward_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+    x, lora_a, lora_b, *kernel_and_bias = primals
     y, h = lora_forward_p.bind(*primals, **params)
     h = checkpoint_name(h, H_NAME)
     dots = {name: dot for name, dot in zip(_MOVING, tangents, strict=False) if not _is_zero(dot)}
     y_dot = _zero(y)
     if dots:
-        x, lora_a, lora_b, *kernel = primals[:4]
+        kernel = kernel_and_bias[:1]
         y_dot = lora_tangent_p.bind(
             x, lora_a, lora_b, h, *(kernel if "x" in dots else []), *dots.values(),
             moving="".join(dots), **params,
         ).astype(y.dtype)  # fmt: skip
     # The tangent of h is of use in derivatives of higher order alone, and elsewhere dropped.
-    return (y, h), (y_dot, _h_dot(*primals[:2], *tangents[:2], h))
+    x_dot, a_dot, *_ = tangents
+    return (y, h), (y_dot, _h_dot(x, lora_a, x_dot, a_dot, h))
 
 
 def _h_dot(x: Any, lora_a: Any, x_dot: Any, a_dot: Any, h: Any) -> Any:

@@ -8,6 +8,7 @@ the way out.
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -158,10 +159,12 @@ def tangent(
         what `backward` is the transpose of.
     """
     wide = h.dtype
-    h_dot = [contract_narrow(dots["x"], lora_a, -1, 0)] if "x" in dots else []
+    h_dot: Any = [contract_narrow(dots["x"], lora_a, -1, 0)] if "x" in dots else []
     if "a" in dots:
         h_dot.append(contract_narrow(x, dots["a"], -1, 0))
-    y_dot = [scaling * contract_narrow(sum(h_dot), lora_b.astype(wide), -1, 0)] if h_dot else []
+    y_dot: Any = (
+        [scaling * contract_narrow(sum(h_dot), lora_b.astype(wide), -1, 0)] if h_dot else []
+    )
     if "b" in dots:
         y_dot.append(scaling * contract_narrow(h, dots["b"].astype(wide), -1, 0))
     if "x" in dots and kernel is not None:

@@ -280,6 +280,13 @@ def test_sizes_that_the_mesh_does_not_divide(auto):
     check_all(run(given, g), oracle.truth(given, g, SCALING), "float32")
 
 
+def test_a_number_stays_compiled_in(explicit):
+    """As without a mesh: B is not multiplied by it, and keeps its dtype."""
+    operands = put(make(dtype="bfloat16"), SHARDINGS["data"][0], explicit)
+    text = jax.jit(op).lower(operands).as_text()
+    assert "tensor<4x48xf32>" not in text
+
+
 # ---- Errors.
 
 
