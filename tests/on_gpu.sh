@@ -31,7 +31,7 @@ export PYTHONPATH=$package:${PYTHONPATH:-} METAL_EMULATOR_LIBRARY=none
 # JAX would take most of the GPU's memory at once; tests need little, and others may be there.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
 python3 -P -c 'import jax, jax_fused_lora as j; print(jax.devices(), j.implementations()["cuda"])'
-tests=(tests/test_ops.py tests/test_nnx.py tests/test_transformations.py -k 'cuda')
+tests=(tests/test_ops.py tests/test_batch_axis.py tests/test_nnx.py tests/test_transformations.py -k 'cuda')
 python3 -P -m pytest -p no:cacheprovider -p no:benchmark "${@:3}" "${tests[@]}" >"$out/suite.txt" 2>&1 && status=0 || status=$?
 tail -n 15 "$out/suite.txt"
 exit "$status"

@@ -173,6 +173,26 @@ __device__ inline void LoadBlock(const FactorView& factor, int64_t row, int64_t 
   }
 }
 
+// Elements to device memory, 8 or 16 bytes at a time. An assignment of an uint4 nvcc 13 cuts into
+// four stores of 4 bytes as often as not.
+template <class T, int kCount>
+__device__ inline void StoreVectors(const T (&elements)[kCount], T* to) {
+  uint32_t words[sizeof(elements) / 4];
+  memcpy(words, elements, sizeof(elements));
+  if constexpr (sizeof(elements) == 8) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(words[0]), "r"(words[1])
+                 : "memory");
+  } else {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(elements) / 4); i += 4) {
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(reinterpret_cast<char*>(to) +
+                                                                    i * 4),
+                   "r"(words[i]), "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3])
+                   : "memory");
+    }
+  }
+}
+
 // What is added to the low-rank part, and y.
 template <class T>
 struct Result {
@@ -207,14 +227,7 @@ struct Result {
       alignas(16) T elements[kCount];
 #pragma unroll
       for (int i = 0; i < kCount; ++i) elements[i] = Rounded<T>(values[i]);
-      if constexpr (sizeof(elements) == 8) {
-        *reinterpret_cast<uint2*>(y + at) = *reinterpret_cast<uint2*>(elements);
-      } else {
-#pragma unroll
-        for (int i = 0; i < static_cast<int>(sizeof(elements) / 16); ++i) {
-          reinterpret_cast<uint4*>(y + at)[i] = reinterpret_cast<uint4*>(elements)[i];
-        }
-      }
+      StoreVectors(elements, y + at);
       return;
     }
 #pragma unroll
@@ -255,6 +268,15 @@ __device__ inline void MultiplyTf32(float (&c)[4], const uint32_t (&a)[4], uint3
       "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// value = hi + lo + less than 2^-21 of it, hi and lo as TensorFloat32 is read.
+__device__ inline void SplitTf32(float value, uint32_t* hi, uint32_t* lo) {
+  *hi = __float_as_uint(value) & 0xffffe000u;
+  const float rest = value - __uint_as_float(*hi);
+  // An infinite or missing value stays what it is.
+  *lo = isfinite(value) ? __float_as_uint(rest) & 0xffffe000u : 0u;
+  if (isnan(value)) *hi = 0x7fffe000u;
 }
 
 // Element j of each of two vectors, side by side.
