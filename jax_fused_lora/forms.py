@@ -108,9 +108,12 @@ _BACKWARD = {
 
 _CUDA_FEW_ROWS = 16  # that one pass over W serves
 # Rows from which the product with the rank inside it beats XLA on an H100, 4096→4096, bfloat16,
-# rank 16: 0.95 of XLA's time at 2048 and 0.88 at 8192; with the backward pass 1.04 and 0.94. The
-# other kernels lose there so far, and serve where they are asked for by name.
-_CUDA_FORWARD, _CUDA_BACKWARD = 2048, 8192
+# rank 16: 0.97 of XLA's time at 512 rows, 0.87 at 2048, 0.85 at 8192; with the backward pass 1.04,
+# 0.95 and 0.90. Between 17 and 511 rows nothing was measured.
+_CUDA_FORWARD, _CUDA_BACKWARD = 512, 2048
+# Up to 16 rows one pass over W takes 0.89 of XLA's time there. Smaller layers were not measured,
+# nor ranks that the one-launch kernel does not take; backward it loses.
+_CUDA_FEW_WORK, _CUDA_FEW_RANK = 1 << 24, 64
 
 
 def forward_form(
@@ -125,7 +128,10 @@ def forward_form(
         named: whether the user named the library; "xla" is then no answer.
     """
     if library == "cuda":
-        return _cuda_form(problem, product and _tma_takes(problem), _CUDA_FORWARD, named)
+        product = product and _tma_takes(problem)
+        few = problem.rows <= _CUDA_FEW_ROWS and problem.rank <= _CUDA_FEW_RANK
+        wins = problem.rows >= _CUDA_FORWARD or (few and problem.k * problem.n >= _CUDA_FEW_WORK)
+        return _cuda_form(problem, product, wins, named)
     return _form(library, problem, _FORWARD, named)
 
 
@@ -136,7 +142,7 @@ def backward_form(
     if library == "cuda":
         # dx = g·Wᵀ + t·Aᵀ reads A as its rows lie, one rank after the other.
         takes = _tma_takes(problem) and problem.rank % 8 == 0
-        return _cuda_form(problem, product and takes, _CUDA_BACKWARD, named)
+        return _cuda_form(problem, product and takes, problem.rows >= _CUDA_BACKWARD, named)
     return _form(library, problem, _BACKWARD, named)
 
 
@@ -151,9 +157,9 @@ def _form(library: str, problem: Problem, limits: dict[str, _Limits], named: boo
     return "kernel" if named else "xla"
 
 
-def _cuda_form(problem: Problem, product: bool, limit: int, named: bool) -> str:
+def _cuda_form(problem: Problem, product: bool, wins: bool, named: bool) -> str:
     whole = product and problem.has_kernel and not problem.shared_kernel
-    if not named and not (whole and problem.rows >= limit):
+    if not named and not (whole and wins):
         return "xla"
     if not problem.has_kernel:
         return "delta"

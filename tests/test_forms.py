@@ -20,10 +20,28 @@ def layer(rows, k=4096, n=4096, rank=16, dtype="bfloat16", has_kernel=True, wide
 
 @pytest.mark.parametrize(
     ("rows", "forward", "backward"),
-    [(1, "xla", "xla"), (2048, "kernel", "xla"), (8192, "kernel", "kernel")],
+    [
+        (1, "kernel", "xla"),
+        (16, "kernel", "xla"),
+        (17, "xla", "xla"),
+        (512, "kernel", "xla"),
+        (2048, "kernel", "kernel"),
+    ],
 )
 def test_cuda_takes_by_default_what_it_is_faster_at(rows, forward, backward):
     assert both(layer(rows), product=True) == (forward, backward)
+
+
+@pytest.mark.parametrize("problem", [layer(1, k=1024), layer(1, rank=128)], ids=["small", "rank"])
+def test_few_rows_that_were_not_measured_are_left_to_xla(problem):
+    assert both(problem, product=True) == ("xla", "xla")
+    assert both(problem, product=True, named=True) == ("kernel", "kernel")
+
+
+def test_adapters_that_share_a_kernel_are_added_to_one_product():
+    problem = layer(8192)._replace(shared_kernel=True)
+    assert both(problem, product=True) == ("xla", "xla")
+    assert both(problem, product=True, named=True) == ("base", "base")
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,10 @@
 // of its own, launched first, which also zeroes the tickets. The other is its programmatic
 // dependent: it reads W meanwhile and waits for h only before it takes a ticket. That is right
 // because the small kernel is launched as usual, after everything before it in the stream, and
-// writes nothing but h and the tickets; y is written after the wait. On an H100 it takes 24 µs for
-// one row of 4096 by 4096 in bfloat16, the h of which 7.
+// writes nothing but h and the tickets; y is written after the wait.
+//
+// One row of 4096 by 4096 in bfloat16, rank 16, on an H100: 24 µs with tickets, 15.5 in clusters;
+// 16 rows 34.5 and 16.7. W alone takes 11.
 //
 // Sixteen-bit operands are multiplied on tensor cores, for one row too: that takes fewer
 // instructions than multiplying one by one. float32 in clusters is multiplied as TensorFloat32,

@@ -185,9 +185,9 @@ __device__ inline void StoreVectors(const T (&elements)[kCount], T* to) {
   } else {
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(elements) / 4); i += 4) {
-      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(reinterpret_cast<char*>(to) +
-                                                                    i * 4),
-                   "r"(words[i]), "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3])
+      char* const at = reinterpret_cast<char*>(to) + i * 4;
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(words[i]),
+                   "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3])
                    : "memory");
     }
   }

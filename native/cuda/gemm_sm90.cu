@@ -413,16 +413,11 @@ bool GemmSm90Serves(const Gemm& gemm) {
 GemmPlan GemmSm90Plan(const Gemm& gemm, int multiprocessors) {
   // Every multiprocessor takes a tile at a time, so a product lasts as long as the tiles that one
   // of them takes, and the last round may be nearly empty. A tile of half the size takes a little
-  // more than half the time, having half the reuse; but it is written while another is multiplied,
-  // and a large one is not, which counts for more the less deep the product is. Measured at 4096
-  // columns and 4096 deep: 8192 rows 420.6 µs in small tiles and 434.8 in large ones, 2048 rows
-  // 104.5 and 106.5; at 8192 columns and 8192 deep the large ones win.
+  // more than half the time, having half the reuse.
   const auto time = [&](int64_t rows, int64_t columns, double tile) {
     return CeilDiv(CeilDiv(gemm.m, rows) * CeilDiv(gemm.n, columns), multiprocessors) * tile;
   };
-  const double large = 2 + 0.18 * 4096 / static_cast<double>(std::max<int64_t>(gemm.k, 1024));
-  const double wide = time(128, 256, large), tall = time(256, 128, large);
-  const double small = time(128, 128, 1.05);
+  const double wide = time(128, 256, 2), tall = time(256, 128, 2), small = time(128, 128, 1.1);
   GemmPlan plan;
   if (small < std::min(wide, tall)) {
     plan.tile = 2;

@@ -139,12 +139,11 @@ __device__ inline void RowSums(const RowsArguments& p, int row, int begin, int e
 }
 
 // Some ranks by 4 columns of B: as many as a thread has registers for while it sums.
-template <int kRows>
+template <class E, int kRows>
 struct BlockOfB {
-  static constexpr int kRanks = kRows == 1 ? 8 : 4;
+  static constexpr int kRanks = kRows == 1 && sizeof(E) == 4 ? 8 : 4;
   float value[kRanks / 4][4][4];
 
-  template <class E>
   __device__ void Load(const RowsArguments& p, int rank, int column) {
     if (std::is_same_v<E, float> || p.b.wide) {
       LoadFrom(static_cast<const float*>(p.b.data), p, rank, column);
@@ -213,9 +212,9 @@ __global__ void __launch_bounds__(kThreads)
     for (; own_quad >= quads && own_row < p.rows; own_quad -= quads) own_row += kRows;
     return own_row < p.rows;
   };
-  BlockOfB<kRows> ahead;
+  BlockOfB<E, kRows> ahead;
   const auto meanwhile = [&] {
-    if (find()) ahead.template Load<E>(p, 0, first + own_quad * 4);
+    if (find()) ahead.Load(p, 0, first + own_quad * 4);
     if (!p.b.transposed && (rank > ahead.kRanks || quads > kThreads)) {
       const int lines = (last - first + kPrefetchColumns - 1) / kPrefetchColumns;
       const int width = std::is_same_v<E, float> || p.b.wide ? 4 : sizeof(E);
@@ -296,7 +295,7 @@ __global__ void __launch_bounds__(kThreads)
     float values[kRows][4] = {};
 #pragma unroll 1
     for (int r = 0; r < rank; r += ahead.kRanks) {
-      if (!ready || r > 0) ahead.template Load<E>(p, r, column);
+      if (!ready || r > 0) ahead.Load(p, r, column);
       ahead.Multiply(h + own_row * h_stride + r, h_stride, p.rows - own_row, values);
     }
 #pragma unroll

