@@ -5,12 +5,12 @@ BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard native/*.* native/*/* shaders/*)
 CXX_FILES := $(foreach folder,native native/* shaders tests/metal_emulator \
   tests/metal_emulator/Metal tests/metal_on_cuda,\
-  $(wildcard $(foreach kind,h cc mm metal,$(folder)/*.$(kind))))
+  $(wildcard $(foreach kind,h cc mm metal cu cuh,$(folder)/*.$(kind))))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test bench selftest lint format sanitize clean
+.PHONY: help demo test bench selftest cuda lint format sanitize clean
 help:
-	@echo "make demo | test | bench | selftest | lint | format | sanitize | clean"
+	@echo "make demo | test | bench | selftest | cuda | lint | format | sanitize | clean"
 
 # Debian's Highway spares fetching it; where it may not be installed, CMake fetches it.
 $(VENV)/highway:
@@ -54,6 +54,10 @@ bench: $(VENV)/package
 # For machines that the project's own tests do not reach: a report to paste into an issue.
 selftest: $(VENV)/package
 	$(BIN)/python -m jax_fused_lora selftest
+
+# Compiles the CUDA backend where nvcc is; that needs no GPU.
+cuda: $(VENV)/test
+	bash tests/cuda_compile.sh $(BIN) build/cuda_compile
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .
