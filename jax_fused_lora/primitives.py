@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, partial_eval
 
 # JAX looks a primitive up in this set to know whether its lowering needs the devices, as that of
 # `custom_partitioning` does. There is no public way in (Transformer Engine does the same); without
@@ -240,6 +240,47 @@ for _primitive, _definition in (
     (lora_backward_p, _reference_backward),
 ):
     ad.primitive_jvps[_primitive] = partial(_jvp_of_definition, _primitive, _definition)
+
+
+# ---- Results that nobody uses. Where they are dropped is before the platform is known.
+
+
+def _forward_dce(used: Sequence[bool], *rest: Any) -> Any:
+    """Of a checkpointed layer whose y is not needed again: h alone is x·A alone."""
+    eqn = rest[-1]  # newer versions of JAX pass more before it
+    if not any(used):
+        return [False] * len(eqn.invars), None
+    lora_a = eqn.invars[1].aval
+    if used[0] or lora_a.ndim > 2:
+        return [True] * len(eqn.invars), eqn
+    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars[:2]]
+    shrink = lambda x, a: reference.contract_narrow(x, a, -1, 0)  # noqa: E731
+    (dot,) = jax.make_jaxpr(shrink)(*shapes).jaxpr.eqns
+    of_two = eqn.replace(
+        primitive=dot.primitive,
+        params=dot.params,
+        invars=eqn.invars[:2],
+        outvars=eqn.outvars[1:],
+    )
+    return [True, True] + [False] * (len(eqn.invars) - 2), of_two
+
+
+def _backward_dce(used: Sequence[bool], *rest: Any) -> Any:
+    eqn = rest[-1]
+    grads = "".join(name for name, use in zip(eqn.params["grads"], used, strict=True) if use)
+    if not grads:
+        return [False] * len(eqn.invars), None
+    needed = [i < 5 or "x" in grads for i in range(len(eqn.invars))]  # W for dx alone
+    fewer = eqn.replace(
+        params={**eqn.params, "grads": grads},
+        invars=[v for v, need in zip(eqn.invars, needed, strict=True) if need],
+        outvars=[v for v, use in zip(eqn.outvars, used, strict=True) if use],
+    )
+    return needed, fewer
+
+
+partial_eval.dce_rules[lora_forward_p] = _forward_dce
+partial_eval.dce_rules[lora_backward_p] = _backward_dce
 
 
 # ---- Batching.

@@ -217,13 +217,53 @@ def test_a_policy_may_keep_h():
     def loss(operands):  # of a layer whose y nobody needs again
         return apply(operands).sum()
 
-    def forward_calls(policy):
+    def program(policy):
         checkpointed = jax.checkpoint(loss, policy=policy)
         run = lambda operands: jax.value_and_grad(checkpointed)(operands)  # noqa: E731
-        return calls(jax.jit(run).lower(operands).as_text(), "lora_forward")
+        return jax.jit(run).lower({n: operands[n] for n in LINEAR}).as_text()
 
-    assert forward_calls(jax.checkpoint_policies.nothing_saveable) == 2
-    assert forward_calls(jax.checkpoint_policies.save_only_these_names("lora_h")) == 1
+    for policy, products in (
+        (jax.checkpoint_policies.nothing_saveable, 1),
+        (jax.checkpoint_policies.save_only_these_names("lora_h"), 0),
+    ):
+        text = program(policy)
+        assert calls(text, "lora_forward") == 1
+        of_h = re.findall(r"dot_general.*tensor<6x24xf32>, tensor<24x4xf32>", text)
+        assert len(of_h) == products
+
+
+def test_checkpoint_computes_no_y_that_is_not_needed_again(implementation):
+    """Only h, as XLA would find in the definition; a call has no parts that it could drop."""
+    operands = make((6,))
+    adapters = {name: operands.pop(name) for name in ("lora_a", "lora_b")}
+
+    def loss(adapters, operands):  # of what is added to the residual stream, say
+        layer = lambda x: x + apply({**operands, "x": x, **adapters}, implementation)[:, :24]  # noqa: E731
+        return jax.checkpoint(layer)(operands["x"]).sum()
+
+    run = jax.jit(jax.value_and_grad(loss))
+    plain = jax.value_and_grad(partial(loss, operands=operands))
+    chex.assert_trees_all_close(run(adapters, operands), plain(adapters), **CLOSE)
+    if implementation == "cpu":
+        text = run.lower(adapters, operands).as_text()
+        assert calls(text, "lora_forward") == 1
+        assert grads_asked(text) == ["ab"]
+
+
+def test_gradients_that_are_dropped_are_not_computed():
+    """dx leaves the call, and W with it, where only scan or checkpoint learns that it is unused."""
+    operands = make((6,))
+
+    def loss(operands):
+        return jax.checkpoint(lambda operands: (apply(operands) ** 2).sum())(operands)
+
+    def run(operands):
+        return jax.grad(loss)(operands)["lora_a"]
+
+    jaxpr = jax.make_jaxpr(run)(operands)
+    text = jax.jit(run).lower(operands).as_text()
+    assert "lora_backward" in str(jaxpr)
+    assert grads_asked(text) == ["a"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
