@@ -60,7 +60,8 @@ class LoRA(nnx.LoRA):
 
         Args:
             x: `(..., in_features)`.
-            **kwargs: passed to the base module.
+            **kwargs: passed to the base module; `out_sharding`, which an `nnx.Linear` takes, to the
+                adapter as well.
 
         Returns:
             `(..., out_features)`.
@@ -72,21 +73,29 @@ class LoRA(nnx.LoRA):
             (x, self.lora_a[...], self.lora_b[...]), dtype=self.dtype
         )
         base: Any = self.base_module
+        out_sharding = kwargs.get("out_sharding")
         if base is None:
-            return self._delta(x, lora_a, lora_b)
+            return self._delta(x, lora_a, lora_b, out_sharding)
         if not callable(base):
             raise ValueError(f"base_module must be callable, got {type(base).__name__}")
-        if type(base).__call__ is nnx.Linear.__call__ and not kwargs:
-            fused = self._fused(base, x, x, lora_a, lora_b)
+        if type(base).__call__ is nnx.Linear.__call__ and not kwargs.keys() - {"out_sharding"}:
+            fused = self._fused(base, x, x, lora_a, lora_b, out_sharding)
             if fused is not None:
                 return fused
-        return self._delta(x, lora_a, lora_b) + base(x, **kwargs)
+        return self._delta(x, lora_a, lora_b, out_sharding) + base(x, **kwargs)
 
-    def _delta(self, x: jax.Array, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
+    def _delta(
+        self, x: jax.Array, lora_a: jax.Array, lora_b: jax.Array, out_sharding: Any
+    ) -> jax.Array:
         # A promote_dtype of one's own may leave dtypes mixed, which Flax leaves to `@`.
         x, lora_a, lora_b = promote_dtype((x, lora_a, lora_b))
         return lora_forward(
-            x, lora_a, lora_b, scaling=self.scaling, implementation=self.implementation
+            x,
+            lora_a,
+            lora_b,
+            scaling=self.scaling,
+            implementation=self.implementation,
+            out_sharding=out_sharding,
         )
 
     def _fused(
@@ -96,6 +105,7 @@ class LoRA(nnx.LoRA):
         x: jax.Array,
         lora_a: jax.Array,
         lora_b: jax.Array,
+        out_sharding: Any,
     ) -> jax.Array | None:
         """`linear(inputs)` and the adapter of x in one call, or None where that is not the same.
 
@@ -122,6 +132,7 @@ class LoRA(nnx.LoRA):
             bias=bias,
             scaling=self.scaling,
             implementation=self.implementation,
+            out_sharding=out_sharding,
         )
 
 
@@ -195,8 +206,7 @@ class LoRALinear(nnx.LoRALinear):
 
         Args:
             x: `(..., in_features)`.
-            out_sharding: the sharding of the result, as in `flax.nnx.Linear`; the two parts are
-                then computed one after the other.
+            out_sharding: the sharding of the result, as in `flax.nnx.Linear`.
 
         Returns:
             `(..., out_features)`.
@@ -205,12 +215,11 @@ class LoRALinear(nnx.LoRALinear):
         adapted, lora_a, lora_b = lora.promote_dtype(
             (x, lora.lora_a[...], lora.lora_b[...]), dtype=lora.dtype
         )
-        if out_sharding is None:
-            fused = lora._fused(self, x, adapted, lora_a, lora_b)
-            if fused is not None:
-                return fused
+        fused = lora._fused(self, x, adapted, lora_a, lora_b, out_sharding)
+        if fused is not None:
+            return fused
         return nnx.Linear.__call__(self, x, out_sharding=out_sharding) + lora._delta(
-            adapted, lora_a, lora_b
+            adapted, lora_a, lora_b, out_sharding
         )
 
 

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jax_fused_lora.nnx as fused
 from jax_fused_lora import implementations, lora_forward, lora_linear
 
 SCALING = 0.75
@@ -322,3 +324,33 @@ def test_out_sharding_without_an_explicit_mesh(auto):
         op(make(), out_sharding=P("data"))
     with jax.set_mesh(auto), pytest.raises(ValueError, match="Auto"):
         op(make(), out_sharding=P("data"))
+
+
+# ---- Flax.
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["LoRALinear", "LoRA"])
+def test_flax_layers_take_out_sharding(wrapped, explicit):
+    """Row parallel on an Explicit mesh, in one call; Flax's own adapter would ask for it."""
+    rngs = nnx.Rngs(0)
+    if wrapped:
+        base = nnx.Linear(K, N, rngs=rngs)
+        layer = fused.LoRA(K, R, N, base_module=base, implementation=NATIVE, rngs=rngs)
+        parts = [(base.kernel, P("model")), (base.bias, P()), (layer.lora_a, P("model"))]
+        lora_b = layer.lora_b
+    else:
+        layer = fused.LoRALinear(K, N, lora_rank=R, implementation=NATIVE, rngs=rngs)
+        parts = [(layer.kernel, P("model")), (layer.bias, P()), (layer.lora.lora_a, P("model"))]
+        lora_b = layer.lora.lora_b
+    lora_b.set_value(make(False)["lora_b"])
+    x = make()["x"]
+    expected = layer(x)
+    for parameter, spec in [*parts, (lora_b, P())]:
+        parameter.set_value(jax.device_put(parameter[...], NamedSharding(explicit, spec)))
+    x = jax.device_put(x, NamedSharding(explicit, P("data", "model")))
+
+    run = nnx.jit(lambda layer, x: layer(x, out_sharding=NamedSharding(explicit, P("data"))))
+    y = run(layer, x)
+    assert y.sharding.spec[:1] == ("data",)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    assert calls(run.lower(layer, x).compile().as_text(), "lora_forward") == 1
