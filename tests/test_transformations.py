@@ -267,11 +267,15 @@ def test_gradients_that_are_dropped_are_not_computed():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_memory_of_a_scan_under_checkpoint(dtype):
-    """No more than XLA needs for the same, but for a table of pointers XLA keeps for each call.
+@pytest.mark.parametrize("activation", ["none", "tanh"])
+def test_memory_of_a_scan_under_checkpoint(activation, dtype):
+    """No more than XLA needs for the same, with two exceptions that docs/transformations.md names.
 
-    And in float32 no call has a result of x's size besides those that are x's. In 16 bits x·W is
-    once there in float32, as it is in XLA's own program: it is rounded when all is added.
+    Where an activation needs y again, in float32, the 64 bytes that XLA keeps for each custom call,
+    a table of pointers to its results. And without one, in 16 bits, up to an x·W in float32.
+
+    In float32 no call has a result of x's size besides those that are x's. In 16 bits x·W is once
+    there in float32: it is rounded when all is added.
     """
     layers, rows, width, rank = 8, 512, 256, 8
     rng = np.random.default_rng(0)
@@ -281,7 +285,8 @@ def test_memory_of_a_scan_under_checkpoint(dtype):
     def compiled(implementation):
         def step(x, layer):
             w, a, b = layer
-            return jnp.tanh(lora_linear(x, w, a, b, implementation=implementation)), None
+            y = lora_linear(x, w, a, b, implementation=implementation)
+            return jnp.tanh(y) if activation == "tanh" else y, None
 
         def loss(adapters, x):
             return (jax.lax.scan(jax.checkpoint(step), x, (w, *adapters))[0] ** 2).sum()
@@ -290,11 +295,12 @@ def test_memory_of_a_scan_under_checkpoint(dtype):
 
     native, xla = compiled("cpu"), compiled("xla")
     ours, theirs = (c.memory_analysis().temp_size_in_bytes for c in (native, xla))
-    print(f"temporary memory, {dtype}: {ours} bytes, {theirs} of XLA's own")
+    print(f"temporary memory, {dtype}, {activation}: {ours} bytes, {theirs} of XLA's own")
     text = native.as_text()
     count = calls(text, "lora_forward") + calls(text, "lora_backward")
-    assert count == 3
-    assert ours <= theirs + 64 * count
+    assert count == (3 if activation == "tanh" else 2)
+    more = {("tanh", "float32"): 64 * count, ("none", "float16"): 4 * rows * width}
+    assert ours <= theirs + more.get((activation, dtype), 0)
     results = re.findall(r"= \((.*?)\) custom-call\(.*jax_fused_lora", text)
     assert len(results) == count
     for result in results:
