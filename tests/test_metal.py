@@ -161,7 +161,7 @@ def test_few_rows_read_w_once(emulated):
 def test_no_temporary_is_larger_than_rows_times_rank(emulated):
     """Read from the program: the calls' results are those of the op, h, and t as workspace."""
     operands = oracle.operands((50,), 40, 60, 4, "float32", bias=False)
-    text = jax.jit(jax.grad(lambda o: apply(o).sum())).lower(operands).as_text()
+    text = jax.jit(jax.value_and_grad(lambda o: apply(o).sum())).lower(operands).as_text()
     found = {
         call: re.findall(r"tensor<([\dx]*)xf32>", results)
         for call, results in re.findall(r"@jax_fused_lora\.metal\.(\w+)\(.* -> \((.*)\)", text)
