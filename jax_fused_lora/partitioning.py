@@ -25,6 +25,8 @@ import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jax_fused_lora import batch
+
 Axes = tuple[str, ...]  # of a mesh
 Factors = tuple[str, ...]  # what the axes of an operand or result stand for
 
@@ -60,17 +62,17 @@ def partitioned(
     that was asked for by name.
     """
     mesh = jax.typeof(operands[0]).sharding.mesh
-    if mesh.manual_axes and mesh.manual_axes != mesh.axis_names:
+    if 0 < len(mesh.manual_axes) < len(mesh.axis_names):
         some = definition if params["implementation"] is None else on_one_device
         return some(*operands, **params)
     batch_axes = operands[call.operands.index("kr")].ndim - 2
     names = params.get("grads", tuple(call.results))
-    batch = [max(sizes) for sizes in zip(*(o.shape[:batch_axes] for o in operands), strict=True)]
+    sizes_of_all = batch.full(operands, batch_axes)
     row_axes = operands[0].ndim - batch_axes - 1
 
     def factors(dims: str, sizes: Sequence[int], tag: str) -> Factors:
         """An axis of size 1 that others have more of is a factor of its own."""
-        own = [f"b{i}" if size == batch[i] else f"{tag}{i}" for i, size in enumerate(sizes)]
+        own = [f"b{i}" if size == sizes_of_all[i] else f"{tag}{i}" for i, size in enumerate(sizes)]
         rows = [f"m{i}" for i in range(row_axes)]
         return (*own, *(f for dim in dims for f in (rows if dim == "m" else [dim])))
 
@@ -78,7 +80,7 @@ def partitioned(
         factors(dims, operand.shape[:batch_axes], f"o{i}x")
         for i, (dims, operand) in enumerate(zip(call.operands, operands, strict=False))
     ]
-    wanted = [factors(call.results[name], batch, "") for name in names]
+    wanted = [factors(call.results[name], sizes_of_all, "") for name in names]
 
     def per_device(axes: Mapping[str, Axes]) -> Callable[..., Any]:
         return lambda *parts: call.shard(
@@ -90,7 +92,7 @@ def partitioned(
     summed = {factor for operand in given for factor in operand} - kept - {"r"}
     whole.def_partition(
         lambda mesh, args, results: _partition(
-            call, mesh, args, results, given, wanted, per_device
+            call, mesh, _Placed.of(args, given), _Placed.of(results, wanted), per_device
         ),
         sharding_rule=f"{_rule(given)} -> {_rule(wanted)}",
         need_replication_factors=("r",),
@@ -103,44 +105,48 @@ def _rule(factors: Sequence[Factors]) -> str:
     return ", ".join(" ".join(each) for each in factors)
 
 
+class _Placed(NamedTuple):
+    """An operand or result, as XLA would have it lie."""
+
+    like: jax.ShapeDtypeStruct
+    factors: Factors
+
+    @classmethod
+    def of(cls, likes: Sequence[Any], factors: Sequence[Factors]) -> "list[_Placed]":
+        return [cls(like, each) for like, each in zip(likes, factors, strict=True)]
+
+
 def _partition(
     call: Call,
     mesh: Mesh,
-    args: Sequence[jax.ShapeDtypeStruct],
-    results: Sequence[jax.ShapeDtypeStruct],
-    given: Sequence[Factors],
-    wanted: Sequence[Factors],
+    operands: Sequence[_Placed],
+    results: Sequence[_Placed],
     per_device: Callable[[Mapping[str, Axes]], Callable[..., Any]],
 ) -> Any:
     """What `custom_partitioning` asks: the mesh, a device's part, and the shardings it needs."""
-    for like in (*args, *results):
+    for like, _ in (*operands, *results):
         if not isinstance(like.sharding, NamedSharding):
             raise NotImplementedError(
                 f"jax_fused_lora: an operand is sharded by {like.sharding}, needed a NamedSharding "
                 'of a mesh; pass implementation="xla", which takes any sharding'
             )
-    axes = _assign(call, mesh, args, results, given, wanted)
+    axes = _assign(call, mesh, operands, results)
 
-    def sharding(factors: Factors) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec(*(axes.get(f) or None for f in factors)))
+    def sharding(placed: _Placed) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*(axes.get(f) or None for f in placed.factors)))
 
-    return mesh, per_device(axes), tuple(map(sharding, wanted)), tuple(map(sharding, given))
+    return mesh, per_device(axes), tuple(map(sharding, results)), tuple(map(sharding, operands))
 
 
 def _assign(
-    call: Call,
-    mesh: Mesh,
-    args: Sequence[jax.ShapeDtypeStruct],
-    results: Sequence[jax.ShapeDtypeStruct],
-    given: Sequence[Factors],
-    wanted: Sequence[Factors],
+    call: Call, mesh: Mesh, operands: Sequence[_Placed], results: Sequence[_Placed]
 ) -> dict[str, Axes]:
-    """The mesh axes of each factor, none of them twice."""
+    """The mesh axes of each factor, none of them twice; the same in every process."""
     axes: dict[str, Axes] = {}
     used: set[str] = set()
 
-    def offer(factor: str, like: jax.ShapeDtypeStruct, factors: Factors) -> None:
-        at = factors.index(factor)
+    def offer(factor: str, placed: _Placed) -> None:
+        like, at = placed.like, placed.factors.index(factor)
         spec = like.sharding.spec[at] if at < len(like.sharding.spec) else None
         asked = (spec,) if isinstance(spec, str) else tuple(spec or ())
         free = tuple(axis for axis in asked if axis not in used)
@@ -149,17 +155,18 @@ def _assign(
             axes[factor] = free
             used.update(free)
 
-    everything = [*zip(args, given, strict=True), *zip(results, wanted, strict=True)]
-    for like, factors in everything:
-        for factor in factors:
+    everything = (*operands, *results)
+    for placed in everything:
+        for factor in placed.factors:
             if factor[0] in "bm":
-                offer(factor, like, factors)
+                offer(factor, placed)
     for factor, operand in call.prefer:
-        if operand < len(args):
-            offer(factor, args[operand], given[operand])
-    for like, factors in everything:
-        for factor in {"k", "n"} & set(factors):
-            offer(factor, like, factors)
+        if operand < len(operands):
+            offer(factor, operands[operand])
+    for placed in everything:
+        for factor in placed.factors:
+            if factor in ("k", "n"):
+                offer(factor, placed)
     return axes
 
 
