@@ -37,15 +37,14 @@ def forward(
     operands = (x, lora_a, lora_b, *rest)
     if form == "base":
         operands = (*operands[:3], _base(library, axes, x, rest[0], 0), *rest[1:])
-    slices = 1
-    if library == "cpu" and form == "kernel":
-        slices = _product_slices(sizes.product_rows, k, n, x.dtype.itemsize)
+    few = library == "cpu" and form == "kernel" and sizes.product_rows <= _FEW_ROWS
+    slices = _product_slices(k, n, x.dtype.itemsize) if few else 1
     floats = {
         "cpu": lambda: (
             _count(lora_a, axes) * r * k
             + _count(lora_b, axes) * r * _padded(n)
             + sum(_count(bias, axes) for bias in rest[1:]) * n
-            + (slices * sizes.products * sizes.product_rows * n if form == "kernel" else 0)
+            + few * slices * sizes.products * sizes.product_rows * n
         ),
         "metal": lambda: 0,
         "cuda": lambda: load("cuda").workspace(m, k, n, r, form, ""),
@@ -116,6 +115,9 @@ def backward(
     return tuple(results)
 
 
+_FEW_ROWS = 4  # up to which the CPU's product streams W past
+
+
 class _Sizes(NamedTuple):
     """Of a call: its batch and row axes, an element's sizes, and how often x·W is multiplied."""
 
@@ -145,7 +147,7 @@ class _Sizes(NamedTuple):
         rows = swept.shape[axes:-1]
         m, count = math.prod(rows), math.prod(sizes)
         (k, r), n = lora_a.shape[axes:], lora_b.shape[-1]
-        shared = [_count(w, axes) == 1 for w in kernel]
+        shared = [_count(w, axes) == 1 and _count(swept, axes) in (1, count) for w in kernel]
         products = sum(1 if all_share else count for all_share in shared)
         product_rows = m * _count(swept, axes) if any(shared) else m
         return cls(axes, sizes, rows, m, k, n, r, products, product_rows, swept.dtype.name)
@@ -211,15 +213,13 @@ def _padded(columns: int) -> int:
     return -(-columns // 64) * 64
 
 
-def _product_slices(m: int, k: int, n: int, itemsize: int) -> int:
-    """Slices of k that sum x·W separately: enough blocks for all cores, each worth handing out.
+def _product_slices(k: int, n: int, itemsize: int) -> int:
+    """Slices of k that sum x·W of few rows separately.
 
-    For few rows a slice is a megabyte of W, read from end to end (a thread that reads half of
-    every row instead looks up twice the pages: bfloat16, 1×2048→2048, 1.3 times the time).
+    A slice is a megabyte of W, read from end to end (a thread that reads half of every row instead
+    looks up twice the pages: bfloat16, 1×2048→2048, 1.3 times the time).
     """
-    if m <= 4:
-        return max(1, min(k * n * itemsize >> 20, 16, k // 64))
-    return max(1, min(2048 // max(n, 1), 4, k // 256)) if m <= 64 else 1
+    return max(1, min(k * n * itemsize >> 20, 16, k // 64))
 
 
 def _row_slices(m: int) -> int:

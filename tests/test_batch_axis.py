@@ -99,7 +99,8 @@ def floats(native, call, axes, sizes, form, slices, grads):
     if call == "lora_backward":
         factors = own["lora_a"] * r * padded["k"] + own["lora_b"] * r * n
         return count * m * r + factors + count * slices * r * (k + n)
-    product = (own["x"] if own.get("kernel") == 1 else count) * m * n if form == "kernel" else 0
+    products, rows = (1, own["x"] * m) if own.get("kernel") == 1 else (count, m)
+    product = products * rows * n if form == "kernel" and rows <= 4 else 0  # few rows are streamed
     factors = own["lora_a"] * r * k + own["lora_b"] * r * padded["n"] + own.get("bias", 0) * n
     return factors + slices * product
 
@@ -224,6 +225,23 @@ def test_many_small_elements(native, call, shared):
     runs = [make(native, call, operands, axes, sizes, form="kernel") for _ in range(3)]
     for name, result in runs[0].items():
         assert all(np.array_equal(result, run[name]) for run in runs[1:])
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("call", ["lora_forward", "lora_backward"])
+@pytest.mark.parametrize(
+    ("count", "rows", "rank"),
+    [(1, 300, 16), (1, 65, 130), (1, 520, 0), (3, 130, 5), (4, 70, 150)],
+    ids=["of one element", "rank over a step of depth", "rank 0", "of several", "cut apart"],
+)
+def test_blocks_of_a_product(native, call, dtype, count, rows, rank):
+    """More rows and columns than a block has, of elements that begin and end inside of one."""
+    if native != "cpu":
+        pytest.skip("these blocks are the CPU's")
+    sizes = {"m": rows, "k": 530, "n": 700, "r": rank}
+    for shared in (("kernel",), ("kernel", "x", "g"), ()):
+        axes = {name: (1,) if name in shared else (count,) for name in names(call, "kernel")}
+        check(native, call, axes, sizes, dtype, form="kernel")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

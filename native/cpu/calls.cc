@@ -1,21 +1,22 @@
 // The two custom calls on the CPU: how each is cut into blocks, and in which order they run.
 //
 // Forms without W sweep x and y (or g, x and dx) once: a block is a range of rows. With W, a block
-// is a part of W, read once and contiguously, and the low-rank part is added to the sum of the
-// blocks as the product's last step.
+// is one of the product, and the low-rank part its last step. For few rows a block is a part of W,
+// read contiguously, and the low-rank part is added to the sum of the blocks.
 //
-// The elements of a batch are more ranges of rows. A W that they share is multiplied with the rows
-// of all of them at once, and so is read no more often than for one.
+// The elements of a batch are more ranges of rows.
 
 #include "native/calls.h"
 
 #include <algorithm>
 #include <cstddef>
 #include <memory>
+#include <optional>
 
 #include "native/backend.h"
 #include "native/cpu/kernels.h"
 #include "native/cpu/parallel.h"
+#include "native/cpu/product.h"
 #include "native/cpu/workspace.h"
 
 namespace jax_fused_lora {
@@ -24,12 +25,10 @@ namespace {
 constexpr int64_t kRowBlock = 36;  // rows of a sweep, whole tiles that share a second cache
 constexpr int64_t kFew = Scratch::kFew;
 constexpr int64_t kFewToShrink = 16;  // rows up to which transposing A costs more than it saves
-constexpr int64_t kProductRows = Scratch::kRows;
 
-// Columns of W in a block of x·W: as long a read as can be for few rows, whose sums of 16 KiB a
-// row are near enough; for many rows their sums (64 × 256) shall stay in the second cache.
+// Columns of W in a block of x·W for few rows: as long a read as can be, the sums of 16 KiB a row
+// being near enough.
 constexpr int64_t kFewColumns = 4096;
-constexpr int64_t kManyColumns = 256;
 
 // Below this many multiplications a second thread costs more than it brings: waking one takes
 // 5 to 10 µs, in which a core multiplies some 500,000 times. Reading W counts for more, since
@@ -88,7 +87,7 @@ void RunUnits(ffi::ThreadPool& pool, const Batch& batch, const Phases::Sizes& un
 
 class Forward {
  public:
-  Forward(const ForwardCall& call, Workspace* space) : c_(call) {
+  Forward(const ForwardCall& call, int64_t threads, Workspace* space) : c_(call) {
     if (!few_to_shrink_ && c_.r % static_cast<int64_t>(kernels_.panel) != 0) {
       at_ = Widened(c_.a, c_.dtype, true, c_.r, c_.k, Widened::kRowMajor, space);
     }
@@ -100,23 +99,31 @@ class Forward {
       bias_ = Widened(c_.bias, c_.dtype, false, 1, c_.n, Widened::kRowMajor, space,
                       /*block=*/std::max<int64_t>(c_.n, 1));
     }
-    if (product_) partial_ = space->Take({c_.slices, products_, product_rows_, c_.n});
+    if (!product_) return;
+    blocks_.emplace(c_.batch, c_.x, c_.kernel, c_.m, c_.n, static_cast<int64_t>(kernels_.columns),
+                    threads);
+    if (blocks_->rows() <= kFew) {
+      parts_ = c_.slices * blocks_->products() * column_ranges_;
+      partial_ = space->Take({c_.slices, blocks_->products(), blocks_->rows(), c_.n});
+    }
   }
 
   void Run(ffi::ThreadPool& pool) const {
-    const double work =
-        Work(c_.batch.count, (c_.k + c_.n) * c_.r, std::max<int64_t>(c_.m, 1)) +
-        (product_ ? Work(products_, c_.k * c_.n, std::max<int64_t>(product_rows_, 8)) : 0);
-    const Phases::Sizes units = {
-        at_.blocks() + b_.blocks() + bias_.blocks() +
-            (product_ ? products_ * c_.slices * column_ranges_ * row_ranges_ : 0),
-        c_.batch.count * sweep_ranges_,
-        product_ ? c_.batch.count * finish_ranges_ * Blocks(c_.n, finish_columns_) : 0};
+    double work = Work(c_.batch.count, (c_.k + c_.n) * c_.r, std::max<int64_t>(c_.m, 1));
+    if (product_) {
+      work += Work(blocks_->products(), c_.k * c_.n, std::max<int64_t>(blocks_->rows(), 8));
+    }
+    const Phases::Sizes units = {at_.blocks() + b_.blocks() + bias_.blocks() + parts_,
+                                 c_.batch.count * sweep_ranges_,
+                                 !product_    ? 0
+                                 : parts_ > 0 ? c_.batch.count * column_ranges_
+                                              : blocks_->count()};
     RunUnits(pool, c_.batch, units, work, !product_ && Backwards(c_.x, c_.y),
              [this](const Phases& phases, int phase, int64_t unit) {
                if (phase == 0) return Prepare(unit);
+               if (phase == 2 && parts_ == 0) return Multiply(phases, unit);
                // A shrink alone, of an A that is read as it lies, waits for nothing.
-               if (phase > 1 || at_ || !product_) phases.WaitBefore(phase);
+               if (phase == 2 || at_ || !product_) phases.WaitBefore(phase);
                return phase == 1 ? Sweep(unit) : Finish(unit);
              });
   }
@@ -128,23 +135,45 @@ class Forward {
       if (unit < operand->blocks()) return operand->Make(unit);
       unit -= operand->blocks();
     }
-    Multiply(unit);
+    Stream(unit);
   }
 
-  // x·W in units of a slice of k, a range of columns and a range of rows.
-  void Multiply(int64_t unit) const {
-    const int64_t m0 = unit % row_ranges_ * kProductRows;
-    unit /= row_ranges_;
-    const int64_t j0 = unit % column_ranges_ * columns_;
+  // A part of x·W for few rows: a slice of k and a range of columns.
+  void Stream(int64_t unit) const {
+    const int64_t j0 = unit % column_ranges_ * kFewColumns;
     unit /= column_ranges_;
     const int64_t slice = unit % c_.slices, product = unit / c_.slices;
-    const int64_t depth = Blocks(c_.k, c_.slices);
-    const void* x = shared_ ? c_.x.data : c_.x.At(c_.batch, product);
-    float* to = partial_ + (slice * products_ + product) * product_rows_ * c_.n;
-    kernels_.product(At(x, m0 * c_.k, c_.dtype), std::min(kProductRows, product_rows_ - m0), c_.k,
-                     std::min(slice * depth, c_.k), std::min((slice + 1) * depth, c_.k),
-                     c_.kernel.At(c_.batch, product), c_.n, j0, std::min(columns_, c_.n - j0),
-                     to + m0 * c_.n + j0, c_.n, ThreadScratch());
+    const int64_t depth = Blocks(c_.k, c_.slices), rows = blocks_->rows();
+    float* to = partial_ + (slice * blocks_->products() + product) * rows * c_.n;
+    kernels_.stream(RowsOf(product), rows, c_.k, std::min(slice * depth, c_.k),
+                    std::min((slice + 1) * depth, c_.k), c_.kernel.At(c_.batch, product), c_.n, j0,
+                    std::min(kFewColumns, c_.n - j0), to + j0, c_.n, ThreadScratch());
+  }
+
+  // A block of x·W for more rows, and of y.
+  void Multiply(const Phases& phases, int64_t unit) const {
+    const ProductBlocks::Block block = blocks_->At(unit);
+    const void* x = At(RowsOf(block.product), block.m0 * c_.k, c_.dtype);
+    const void* w = c_.kernel.At(c_.batch, block.product);
+    Scratch* scratch = ThreadScratch();
+    if (blocks_->IsOfOne(block)) {
+      phases.WaitBefore(2);
+      const int64_t element = block.product + block.m0 / c_.m, m0 = block.m0 % c_.m;
+      const LowRank low_rank = {c_.h.At(c_.batch, element) + m0 * c_.r, static_cast<size_t>(c_.r),
+                                b_.At(c_.batch, element).From(block.j0).Read(), c_.scaling};
+      return kernels_.layer(x, block.rows, c_.k, w, c_.n, block.j0, block.columns, low_rank,
+                            Bias(element, block.j0), Y(element, m0, block.j0), c_.n, scratch);
+    }
+    kernels_.product(x, block.rows, c_.k, w, c_.n, block.j0, block.columns, scratch->sums, scratch);
+    phases.WaitBefore(2);
+    blocks_->ForEachElement(block, [&](int64_t element, int64_t m0, int64_t rows, int64_t first) {
+      Expand(element, m0, rows, block.j0, block.columns, scratch->sums + first * block.columns,
+             block.columns);
+    });
+  }
+
+  const void* RowsOf(int64_t product) const {
+    return blocks_->shared() ? c_.x.data : c_.x.At(c_.batch, product);
   }
 
   // h, and where W is not ours to multiply y too: one sweep.
@@ -165,27 +194,23 @@ class Forward {
     Expand(element, m0, rows, 0, c_.n, base, c_.n);
   }
 
-  // The sum of the slices, bias and low-rank part of a block of y, rounded once.
+  // The sum of the slices, bias and low-rank part of few rows of y, rounded once.
   void Finish(int64_t unit) const {
-    const int64_t m0 = unit % finish_ranges_ * finish_rows_;
-    unit /= finish_ranges_;
-    const int64_t column_ranges = Blocks(c_.n, finish_columns_);
-    const int64_t j0 = unit % column_ranges * finish_columns_, element = unit / column_ranges;
-    const int64_t rows = std::min(finish_rows_, c_.m - m0);
-    const int64_t columns = std::min(finish_columns_, c_.n - j0);
-    const int64_t row = (shared_ ? c_.x.Index(c_.batch, element) : element) * c_.m + m0;
+    const int64_t element = unit / column_ranges_, j0 = unit % column_ranges_ * kFewColumns;
+    const int64_t columns = std::min(kFewColumns, c_.n - j0);
+    const int64_t row = (blocks_->shared() ? c_.x.Index(c_.batch, element) : element) * c_.m;
     float* sums = ThreadScratch()->sums;
-    kernels_.gather(partial_ + row * c_.n + j0, c_.slices, products_ * product_rows_ * c_.n, rows,
-                    c_.n, columns, sums);
-    Expand(element, m0, rows, j0, columns, sums, columns);
+    kernels_.gather(partial_ + row * c_.n + j0, c_.slices,
+                    blocks_->products() * blocks_->rows() * c_.n, c_.m, c_.n, columns, sums);
+    Expand(element, 0, c_.m, j0, columns, sums, columns);
   }
 
   // A block of an element's y, of the columns from j0 on.
   void Expand(int64_t element, int64_t m0, int64_t rows, int64_t j0, int64_t columns,
               const float* init, int64_t init_row) const {
     const float* h = c_.h.At(c_.batch, element) + m0 * c_.r;
-    const float* bias = c_.bias ? Floats(c_.bias, bias_, c_.batch, element) + j0 : nullptr;
-    void* y = At(c_.y.At(c_.batch, element), m0 * c_.n + j0, c_.dtype);
+    const float* bias = Bias(element, j0);
+    void* y = Y(element, m0, j0);
     if (few_) {
       kernels_.expand_few(h, rows, c_.r, Floats(c_.b, b_, c_.batch, element) + j0, c_.n, columns,
                           c_.scaling, init, init_row, bias, y, c_.n, ThreadScratch());
@@ -195,31 +220,37 @@ class Forward {
     }
   }
 
+  // An element's bias from column j0 on; null where it has none.
+  const float* Bias(int64_t element, int64_t j0) const {
+    return c_.bias ? Floats(c_.bias, bias_, c_.batch, element) + j0 : nullptr;
+  }
+  void* Y(int64_t element, int64_t m0, int64_t j0) const {
+    return At(c_.y.At(c_.batch, element), m0 * c_.n + j0, c_.dtype);
+  }
+
   const ForwardCall& c_;
   const Kernels& kernels_ = KernelsFor(c_.dtype);
   const bool few_ = c_.m <= kFew, few_to_shrink_ = c_.m <= kFewToShrink;
   const bool product_ = c_.form == Form::kKernel;
 
-  // One product with all rows of x where its W is shared, else one for each element.
-  const bool shared_ = c_.kernel.count == 1;
-  const int64_t products_ = shared_ ? 1 : c_.batch.count;
-  const int64_t product_rows_ = shared_ ? c_.x.count * c_.m : c_.m;
-
-  const int64_t row_ranges_ = Blocks(product_rows_, kProductRows);
-  const int64_t columns_ = product_rows_ <= kFew ? kFewColumns : kManyColumns;
-  const int64_t column_ranges_ = Blocks(c_.n, columns_);
   const int64_t sweep_ranges_ = Blocks(c_.m, kRowBlock);
-  const int64_t finish_rows_ = few_ ? kFew : kProductRows;
-  const int64_t finish_columns_ = Scratch::kSums / finish_rows_;
-  const int64_t finish_ranges_ = Blocks(c_.m, finish_rows_);
 
-  Widened at_, b_, bias_;     // Aᵀ, B
+  Widened at_, b_, bias_;  // Aᵀ, B
+  std::optional<ProductBlocks> blocks_;
+
+  // For few rows.
+  const int64_t column_ranges_ = Blocks(c_.n, kFewColumns);
+  int64_t parts_ = 0;
   float* partial_ = nullptr;  // (slices, products, rows of each, n)
 };
 
 class Backward {
  public:
-  Backward(const BackwardCall& call, Workspace* space) : c_(call) {
+  Backward(const BackwardCall& call, int64_t threads, Workspace* space) : c_(call) {
+    if (product_) {
+      blocks_.emplace(c_.batch, c_.g, c_.kernel, c_.m, c_.k, static_cast<int64_t>(kernels_.columns),
+                      threads);
+    }
     if (c_.dx) at_ = Widened(c_.a, c_.dtype, true, c_.r, c_.k, Widened::kPacked, space);
     if (need_t_ && c_.b_dtype != ffi::DataType::F32) {
       b_ = Widened(c_.b, c_.b_dtype, false, c_.r, c_.n, Widened::kRowMajor, space);
@@ -231,10 +262,11 @@ class Backward {
   }
 
   void Run(ffi::ThreadPool& pool) const {
-    const double work =
-        Work(c_.batch.count, (c_.k + c_.n) * c_.r, std::max<int64_t>(c_.m, 1)) * 2 +
-        (product_ ? Work(products_, c_.k * c_.n, std::max<int64_t>(product_rows_, 8)) : 0);
-    const int64_t dx_units = product_ ? products_ * row_ranges_ * Blocks(c_.k, kColumns) : 0;
+    double work = Work(c_.batch.count, (c_.k + c_.n) * c_.r, std::max<int64_t>(c_.m, 1)) * 2;
+    if (product_) {
+      work += Work(blocks_->products(), c_.k * c_.n, std::max<int64_t>(blocks_->rows(), 8));
+    }
+    const int64_t dx_units = product_ ? blocks_->count() : 0;
     const int64_t da_units = c_.da ? c_.batch.count * da_ranges_ : 0;
     const int64_t db_units = c_.db ? c_.batch.count * db_ranges_ : 0;
     const Phases::Sizes units = {at_.blocks() + b_.blocks(), c_.batch.count * c_.slices,
@@ -253,9 +285,8 @@ class Backward {
   }
 
  private:
-  static constexpr int64_t kColumns = Scratch::kPanel;  // of a block of dx
-  static constexpr int64_t kSumColumns = 1024;          // of dAᵀ, summed at a time
-  static constexpr int64_t kSumSize = 8192;             // elements of dB
+  static constexpr int64_t kSumColumns = 1024;  // of dAᵀ, summed at a time
+  static constexpr int64_t kSumSize = 8192;     // elements of dB
 
   // A slice of rows makes one sweep over its g and x. Each slice sums its own dA and dB, so that
   // the result does not depend on which thread ran when.
@@ -292,30 +323,32 @@ class Backward {
 
   // A block of dx = g·Wᵀ + t·Aᵀ where W is ours to multiply.
   void Multiply(const Phases& phases, int64_t unit) const {
-    const int64_t m0 = unit % row_ranges_ * kProductRows;
-    unit /= row_ranges_;
-    const int64_t column_ranges = Blocks(c_.k, kColumns);
-    const int64_t k0 = unit % column_ranges * kColumns, product = unit / column_ranges;
-    const int64_t end = std::min(m0 + kProductRows, product_rows_);
-    const int64_t columns = std::min(kColumns, c_.k - k0);
-    const void* g = shared_ ? c_.g.data : c_.g.At(c_.batch, product);
+    const ProductBlocks::Block block = blocks_->At(unit);
+    const void* g = At(blocks_->shared() ? c_.g.data : c_.g.At(c_.batch, block.product),
+                       block.m0 * c_.n, c_.dtype);
+    const void* w = c_.kernel.At(c_.batch, block.product);
     Scratch* scratch = ThreadScratch();
-    kernels_.product_transposed(At(g, m0 * c_.n, c_.dtype), end - m0, c_.n,
-                                c_.kernel.At(c_.batch, product), k0, columns, scratch->sums,
+    if (blocks_->IsOfOne(block)) {
+      phases.WaitBefore(2);
+      const int64_t element = block.product + block.m0 / c_.m, m0 = block.m0 % c_.m;
+      const LowRank low_rank = {t_ + (element * c_.m + m0) * c_.r, static_cast<size_t>(c_.r),
+                                at_.At(c_.batch, element).From(block.j0).Read(), 1.0f};
+      return kernels_.layer_transposed(g, block.rows, c_.n, w, block.j0, block.columns, low_rank,
+                                       Dx(element, m0, block.j0), c_.k, scratch);
+    }
+    kernels_.product_transposed(g, block.rows, c_.n, w, block.j0, block.columns, scratch->sums,
                                 scratch);
     phases.WaitBefore(2);
-    // The rows may be those of several elements, and an element's row that of others too.
-    const int64_t sharing = shared_ && c_.g.count == 1 ? c_.batch.count : 1;
-    for (int64_t m1 = m0, next; m1 < end; m1 = next) {
-      const int64_t first = product + m1 / c_.m, row = m1 % c_.m;
-      next = std::min(m1 - row + c_.m, end);
-      for (int64_t element = first; element < first + sharing; ++element) {
-        kernels_.expand(t_ + (element * c_.m + row) * c_.r, next - m1, c_.r,
-                        at_.At(c_.batch, element).From(k0).Read(), columns, 1.0f,
-                        scratch->sums + (m1 - m0) * columns, columns, nullptr,
-                        At(c_.dx.At(c_.batch, element), row * c_.k + k0, c_.dtype), c_.k);
-      }
-    }
+    blocks_->ForEachElement(block, [&](int64_t element, int64_t m0, int64_t rows, int64_t first) {
+      kernels_.expand(t_ + (element * c_.m + m0) * c_.r, rows, c_.r,
+                      at_.At(c_.batch, element).From(block.j0).Read(), block.columns, 1.0f,
+                      scratch->sums + first * block.columns, block.columns, nullptr,
+                      Dx(element, m0, block.j0), c_.k);
+    });
+  }
+
+  void* Dx(int64_t element, int64_t m0, int64_t k0) const {
+    return At(c_.dx.At(c_.batch, element), m0 * c_.k + k0, c_.dtype);
   }
 
   // The slices' sums.
@@ -338,15 +371,9 @@ class Backward {
   const bool product_ = c_.dx && c_.form == Form::kKernel;
   const bool need_t_ = c_.dx || c_.da;
 
-  // One product with all rows of g where its W is shared, else one for each element. A g that is
-  // shared by some elements and not by all is so rare that it may be multiplied for each.
-  const bool shared_ = c_.kernel.count == 1 && (c_.g.count == c_.batch.count || c_.g.count == 1);
-  const int64_t products_ = shared_ ? 1 : c_.batch.count;
-  const int64_t product_rows_ = shared_ ? c_.g.count * c_.m : c_.m;
-
-  const int64_t row_ranges_ = Blocks(product_rows_, kProductRows);
   const int64_t da_ranges_ = Blocks(c_.k, kSumColumns), db_ranges_ = Blocks(c_.r * c_.n, kSumSize);
 
+  std::optional<ProductBlocks> blocks_;
   Widened at_, b_;                                     // Aᵀ, B
   float* t_ = nullptr;                                 // (batch, m, r)
   float *da_slices_ = nullptr, *db_slices_ = nullptr;  // (batch, slices, r, k or n)
@@ -360,7 +387,7 @@ ffi::Error LoraForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer a,
   ffi::Error error = ReadForward(x, a, b, rest, y, h, workspace, scaling, form, slices, &c);
   if (error.failure() || c.batch.count == 0) return error;
   Workspace space(c.workspace, c.workspace_size);
-  const Forward forward(c, &space);
+  const Forward forward(c, pool.num_threads(), &space);
   error = space.Check("lora_forward");
   if (error.success()) forward.Run(pool);
   return error;
@@ -374,7 +401,7 @@ ffi::Error LoraBackward(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer x
   ffi::Error error = ReadBackward(g, x, a, b, h, rest, results, scaling, form, grads, slices, &c);
   if (error.failure() || c.batch.count == 0) return error;
   Workspace space(c.workspace, c.workspace_size);
-  const Backward backward(c, &space);
+  const Backward backward(c, pool.num_threads(), &space);
   error = space.Check("lora_backward");
   if (error.success()) backward.Run(pool);
   return error;

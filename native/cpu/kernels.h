@@ -10,20 +10,23 @@
 
 namespace jax_fused_lora {
 
-// One thread's working memory. Sized so that all of it stays in a second-level cache.
+// One thread's working memory. Sized so that what a pass takes of it stays in a second-level cache.
 struct alignas(64) Scratch {
-  static constexpr size_t kRows = 64;         // rows of x that a block of a product takes
-  static constexpr size_t kDepth = 512;       // elements of a row taken at a time
-  static constexpr size_t kPanel = 64;        // columns of W packed at a time
-  static constexpr size_t kPanelDepth = 128;  // and rows: 32 KiB, in the first cache
-  static constexpr size_t kPanelRow = 144;    // x's rows meanwhile, apart by no power of two
-  static constexpr size_t kSums = 16384;      // entries of y that are finished at a time
-  static constexpr size_t kFew = 4;           // rows up to which W is read in place
+  static constexpr size_t kFew = 4;         // rows up to which W is read in place
+  static constexpr size_t kDepth = 512;     // elements of a row taken at a time
+  static constexpr size_t kDepthRows = 64;  // and rows, at most
 
-  float sums[kSums];
+  // A block of a product, at most: of whole tiles of rows and panels of columns.
+  static constexpr size_t kRows = 258, kColumns = 512;
+  static constexpr size_t kPanel = 64;        // columns of W packed at a time
+  static constexpr size_t kPanelDepth = 144;  // and rows: 36 KiB, in the first cache
+  static constexpr size_t kPanelRow = 160;    // x's rows meanwhile, apart by no power of two
+
+  float sums[kRows * kColumns];
   float panel[kPanelDepth * kPanel];
-  float rows[kRows * kDepth];  // a 16-bit operand's rows, widened
+  float rows[kRows * kPanelRow];  // an operand's rows, widened
 };
+static_assert(Scratch::kRows * Scratch::kPanelRow >= Scratch::kDepthRows * Scratch::kDepth, "");
 
 // A float32 factor of the low-rank part, (rank, columns), as `expand` reads it: in panels of
 // `width` columns, whose rows are `row` apart. Row-major, `row` is the number of columns and
@@ -46,8 +49,18 @@ struct Panels {
   Panels<const Float> Read() const { return {data, row, panel, width}; }
 };
 
+// What is added to a block of a product: scale · h (m, rank) · b, packed panels from its first
+// column on.
+struct LowRank {
+  const float* h;
+  size_t rank;
+  Panels<const float> b;
+  float scale;
+};
+
 struct Kernels {
-  size_t panel;  // columns of a panel of B, or ranks of a panel of A; divides 64
+  size_t panel;    // columns of a panel of B, or ranks of a panel of A; divides 64
+  size_t columns;  // of a block of a product, at most
 
   // h (m, r) = x (m, k) · a (k, r), for few rows: a is read as it lies.
   void (*shrink_few)(const void* x, size_t m, size_t k, const void* a, size_t r, float* h,
@@ -81,10 +94,19 @@ struct Kernels {
   void (*outer)(const float* h, size_t m, size_t r, const void* g, size_t n, float scale,
                 float* out, Scratch* scratch);
 
-  // out (m, columns) = x (m, k)[:, k0:k1] · w (k, n)[k0:k1, j0 : j0 + columns], m ≤ kRows. Rows of
+  // out (m, columns) = x (m, k)[:, k0:k1] · w (k, n)[k0:k1, j0 : j0 + columns], m ≤ kFew. Rows of
   // out are out_row apart.
-  void (*product)(const void* x, size_t m, size_t k, size_t k0, size_t k1, const void* w, size_t n,
-                  size_t j0, size_t columns, float* out, size_t out_row, Scratch* scratch);
+  void (*stream)(const void* x, size_t m, size_t k, size_t k0, size_t k1, const void* w, size_t n,
+                 size_t j0, size_t columns, float* out, size_t out_row, Scratch* scratch);
+
+  // out (m, columns) = x (m, k) · w (k, n)[:, j0 : j0 + columns], m ≤ kRows.
+  void (*product)(const void* x, size_t m, size_t k, const void* w, size_t n, size_t j0,
+                  size_t columns, float* out, Scratch* scratch);
+
+  // y (m, columns) = the same + bias + low_rank, rows of y being y_row apart; bias may be null.
+  void (*layer)(const void* x, size_t m, size_t k, const void* w, size_t n, size_t j0,
+                size_t columns, const LowRank& low_rank, const float* bias, void* y, size_t y_row,
+                Scratch* scratch);
 
   // out (m, columns) = Σ over `slices` of partial[slice · stride + ...], partial's rows
   // partial_row apart.
@@ -94,6 +116,11 @@ struct Kernels {
   // out (m, columns) = g (m, n) · w (k, n)[k0 : k0 + columns]ᵀ, m ≤ kRows.
   void (*product_transposed)(const void* g, size_t m, size_t n, const void* w, size_t k0,
                              size_t columns, float* out, Scratch* scratch);
+
+  // dx (m, columns) = the same + low_rank, rows of dx being dx_row apart; kDepthRows < m ≤ kRows.
+  void (*layer_transposed)(const void* g, size_t m, size_t n, const void* w, size_t k0,
+                           size_t columns, const LowRank& low_rank, void* dx, size_t dx_row,
+                           Scratch* scratch);
 
   // out[i0:i1] = Σ over `slices` of partial[slice · stride + i].
   void (*sum)(const float* partial, size_t slices, size_t stride, size_t i0, size_t i1, void* out);

@@ -199,7 +199,7 @@ size_t NextSize() {
   return kSizes[(next += 11) % (sizeof kSizes / sizeof *kSizes)];
 }
 
-constexpr size_t kRows[] = {0, 1, 2, 3, 4, 5, 6, 7, 11, 13, 35, 63, 64};
+constexpr size_t kRows[] = {0, 1, 2, 3, 4, 5, 6, 7, 11, 13, 35, 63, 64, 65, 71};
 constexpr size_t kRanks[] = {1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12,
                              13, 14, 15, 16, 17, 18, 19, 20, 33, 64, 130};
 
@@ -217,8 +217,10 @@ class Suite {
         Outer(m, r, NextSize());
       }
       for (int i = 0; i < 24; ++i) {
-        Product(m, NextSize(), NextSize());
-        ProductTransposed(m, NextSize(), NextSize());
+        if (m <= Scratch::kFew) Stream(m, NextSize(), NextSize());
+        const size_t r = kRanks[(i * 5 + m) % (sizeof kRanks / sizeof *kRanks)];
+        Product(m, NextSize(), NextSize(), r);
+        ProductTransposed(m, NextSize(), NextSize(), r);
         for (size_t slices : {1, 2, 5}) Gather(slices, m, NextSize());
       }
     }
@@ -240,9 +242,9 @@ class Suite {
   Block Integers(size_t size) const { return Block::Integers(storage_, size); }
 
   Scratch* PoisonedScratch() {
-    std::fill_n(scratch_->sums, Scratch::kSums, kNan);
+    std::fill_n(scratch_->sums, Scratch::kRows * Scratch::kColumns, kNan);
     std::fill_n(scratch_->panel, Scratch::kPanelDepth * Scratch::kPanel, kNan);
-    std::fill_n(scratch_->rows, Scratch::kRows * Scratch::kDepth, kNan);
+    std::fill_n(scratch_->rows, Scratch::kRows * Scratch::kPanelRow, kNan);
     return scratch_.get();
   }
 
@@ -388,7 +390,7 @@ class Suite {
     Check(out == expected, storage_, "outer m=%zu r=%zu n=%zu", m, r, n);
   }
 
-  void Product(size_t m, size_t k, size_t n) {
+  void Stream(size_t m, size_t k, size_t n) {
     Block x = Integers(m * k), w = Integers(k * n);
     struct Range {
       size_t begin, end;
@@ -406,31 +408,101 @@ class Suite {
           }
           for (size_t j = 0; j < columns; ++j) expected.Set(i * row + j, sums[j]);
         }
-        kernels_.product(x.at(0), m, k, ks.begin, ks.end, w.at(0), n, js.begin, columns,
-                         out.floats(), row, PoisonedScratch());
-        Check(out == expected, storage_, "product m=%zu k=%zu[%zu:%zu] n=%zu[%zu:%zu]", m, k,
+        kernels_.stream(x.at(0), m, k, ks.begin, ks.end, w.at(0), n, js.begin, columns,
+                        out.floats(), row, PoisonedScratch());
+        Check(out == expected, storage_, "stream m=%zu k=%zu[%zu:%zu] n=%zu[%zu:%zu]", m, k,
               ks.begin, ks.end, n, js.begin, js.end);
         if (m * k * n > 1000000) return;  // the plain loops are slow
       }
     }
   }
 
-  void ProductTransposed(size_t m, size_t n, size_t k) {
-    // As many columns as a block of dx has, at most.
-    const size_t k0 = k / 3, columns = std::min<size_t>(k - k0, 64);
+  // The low-rank part of a block: as a kernel takes it, and as the numbers it adds.
+  struct Factors {
+    Block h, b;
+    LowRank low_rank;
+    std::vector<double> sums;
+  };
+
+  Factors MakeFactors(size_t m, size_t r, size_t columns) {
+    const size_t width = kernels_.panel, padded = (columns + width - 1) / width * width;
+    Factors f = {FloatIntegers(m * r), Floats(r * padded), {}, std::vector<double>(m * columns)};
+    const auto panels = Panels<float>::Packed(f.b.floats(), r, width);
+    const Block values = FloatIntegers(r * columns);
+    f.low_rank = {f.h.floats(), r, panels.Read(), 0.75f};
+    for (size_t p = 0; p < r; ++p) {
+      for (size_t j = 0; j < columns; ++j) {
+        f.b.Set(Place(panels, p, j), values[p * columns + j]);
+        for (size_t i = 0; i < m; ++i) {
+          f.sums[i * columns + j] += 0.75 * f.h[i * r + p] * values[p * columns + j];
+        }
+      }
+    }
+    return f;
+  }
+
+  void Product(size_t m, size_t k, size_t n, size_t r) {
+    Block x = Integers(m * k), w = Integers(k * n), bias = FloatIntegers(n);
+    // All of W, where a block takes so much, and the part at its end.
+    for (const size_t j0 : {n - std::min(n, kernels_.columns), n - n / 3}) {
+      const size_t columns = n - j0, row = columns + m % 3;
+      std::vector<double> sums(m * columns);
+      for (size_t i = 0; i < m; ++i) {
+        for (size_t p = 0; p < k; ++p) {
+          const double xp = x[i * k + p];
+          for (size_t j = 0; j < columns; ++j) sums[i * columns + j] += xp * w[p * n + j0 + j];
+        }
+      }
+      Block out = Floats(m * columns), expected = out.Copy();
+      for (size_t i = 0; i < m * columns; ++i) expected.Set(i, sums[i]);
+      kernels_.product(x.at(0), m, k, w.at(0), n, j0, columns, out.floats(), PoisonedScratch());
+      Check(out == expected, storage_, "product m=%zu k=%zu n=%zu[%zu:]", m, k, n, j0);
+      const Factors f = MakeFactors(m, r, columns);
+      for (bool biased : {false, true}) {
+        Block y = Blank(Extent(m, row, columns)), whole = y.Copy();
+        for (size_t i = 0; i < m; ++i) {
+          for (size_t j = 0; j < columns; ++j) {
+            const size_t at = i * columns + j;
+            whole.Set(i * row + j, sums[at] + (biased ? bias[j0 + j] : 0.0) + f.sums[at]);
+          }
+        }
+        kernels_.layer(x.at(0), m, k, w.at(0), n, j0, columns, f.low_rank,
+                       biased ? bias.floats() + j0 : nullptr, y.at(0), row, PoisonedScratch());
+        Check(y == whole, storage_, "layer m=%zu k=%zu n=%zu[%zu:] r=%zu bias=%d", m, k, n, j0, r,
+              biased);
+      }
+    }
+  }
+
+  void ProductTransposed(size_t m, size_t n, size_t k, size_t r) {
+    const size_t k0 = k / 3, columns = std::min(k - k0, kernels_.columns);
     Block g = Integers(m * n), w = Integers((k0 + columns) * n), out = Floats(m * columns);
     Block expected = out.Copy();
+    std::vector<double> sums(m * columns);
     for (size_t i = 0; i < m; ++i) {
       for (size_t j = 0; j < columns; ++j) {
         double sum = 0;
         for (size_t p = 0; p < n; ++p) sum += g[i * n + p] * w[(k0 + j) * n + p];
-        expected.Set(i * columns + j, sum);
+        expected.Set(i * columns + j, sums[i * columns + j] = sum);
       }
     }
     kernels_.product_transposed(g.at(0), m, n, w.at(0), k0, columns, out.floats(),
                                 PoisonedScratch());
     Check(out == expected, storage_, "product_transposed m=%zu n=%zu k0=%zu columns=%zu", m, n, k0,
           columns);
+    if (m <= Scratch::kDepthRows) return;
+    const Factors f = MakeFactors(m, r, columns);
+    const size_t row = columns + m % 3;
+    Block dx = Blank(Extent(m, row, columns)), whole = dx.Copy();
+    for (size_t i = 0; i < m; ++i) {
+      for (size_t j = 0; j < columns; ++j) {
+        whole.Set(i * row + j, sums[i * columns + j] + f.sums[i * columns + j]);
+      }
+    }
+    kernels_.layer_transposed(g.at(0), m, n, w.at(0), k0, columns, f.low_rank, dx.at(0), row,
+                              PoisonedScratch());
+    Check(dx == whole, storage_, "layer_transposed m=%zu n=%zu k0=%zu columns=%zu r=%zu", m, n, k0,
+          columns, r);
   }
 
   void Gather(size_t slices, size_t m, size_t columns) {
