@@ -45,7 +45,7 @@ grep -E ' failures, worst' "$out/check.txt" | tee -a "$out/summary.txt"
 
 # One of compute-sanitizer's tools on the small shapes.
 tool() {  # name, options...
-  timeout 120 "$sanitizer" --tool "$1" --error-exitcode 9 --print-limit 50 "${@:2}" \
+  timeout 300 "$sanitizer" --tool "$1" --error-exitcode 9 --print-limit 50 "${@:2}" \
     "$build/kernels_test" --small >"$out/$1.txt" 2>&1
   echo "exit status $?" >>"$out/$1.txt"
 }

@@ -311,18 +311,17 @@ struct Piece {
   static constexpr int kStages = kAll > 416 ? 2 : kAll > 320 ? 3 : 4;  // at most 80 KB
   static constexpr int kRing = kClusterWarps * kStages * kAll * 16;
 
-  // After the ring, in the same memory: the sums of the warps that share columns, all warps' h, and
-  // what the blocks of the cluster send each other. In floats.
+  // After the ring, in the same memory: the sums of the warps that share columns and all warps' h.
+  // Behind both, so that nobody waits for another's ring: what the blocks of the cluster send each
+  // other. In floats.
   static constexpr int kShares = kTransposed ? 1 : kClusterWarps;
   static constexpr int kYStride = kClusterColumns + 8, kHStride = kRanks + 8;  // other banks
   static constexpr int kYShare = kRows * kYStride, kHShare = kRows * kHStride;
-  static constexpr int kYParts = kShares * kYShare + kClusterWarps * kHShare;
+  static constexpr int kOwn = kShares * kYShare + kClusterWarps * kHShare;
+  static constexpr int kYParts = kRing / 4 > kOwn ? kRing / 4 : kOwn;
   static constexpr int kHParts = kYParts + kRows * kClusterColumns;
-  // Behind both: B of the columns that the block writes, and the bias as one more rank.
-  static __host__ __device__ int BTile(int slices) {
-    const int sums = kHParts + slices * kRows * kRanks;
-    return kRing / 4 > sums ? kRing / 4 : sums;
-  }
+  // Last: B of the columns that the block writes, and the bias as one more rank.
+  static __host__ __device__ int BTile(int slices) { return kHParts + slices * kRows * kRanks; }
   static int Shared(int slices) {
     return 4 * (BTile(slices) + (kRanks + 1) * (kClusterColumns / slices));
   }
@@ -477,6 +476,8 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
   const int64_t first = static_cast<int64_t>(blockIdx.x / slices) * kClusterColumns;
 
+  cluster.barrier_arrive();  // a block that has begun may be written to
+
   // This block's part of the depth, and this warp's of that.
   const int64_t pieces = (p.in + P::kDepth - 1) / P::kDepth;
   const int64_t share = (pieces + slices - 1) / slices;
@@ -565,9 +566,8 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
   StoreSums(sums, floats + (kTransposed ? warp * P::kColumns : warp * P::kYShare), P::kYStride,
             p.rows, lane);
   StoreSums(h_sums, h_shares + warp * P::kHShare, P::kHStride, p.rows, lane);
-  // All shares are there, and all blocks' rings are read. A barrier in two halves around the sums
-  // took the same time; racecheck reports the copies against the writes below either way.
-  cluster.sync();
+  __syncthreads();  // all shares are there
+  cluster.barrier_wait();
 #pragma unroll 1
   for (int i = tid; i < p.rows * (kClusterColumns / 4); i += kClusterThreads) {
     const int row = i / (kClusterColumns / 4), column = i % (kClusterColumns / 4) * 4;
