@@ -111,7 +111,7 @@ struct Call {
 
 // y = [x·W | base] + bias + scaling · h·B,  h = x·A
 struct ForwardCall : Call {
-  int64_t slices = 1;         // x·W is summed over this many slices of k, then over the slices
+  int64_t slices = 1;         // of k that sum x·W of few rows separately, on the CPU
   Batched<const void> bias;   // (n), not with form kDelta, may be absent
   Batched<const float> base;  // (m, n), form kBase
   Batched<void> y;            // (m, n)

@@ -8,6 +8,7 @@ workspace begin as NaN, so that an entry that nobody wrote, or read too early, s
 import itertools
 import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -378,7 +379,7 @@ def test_results_have_the_full_batch(native, call, needed, batch):
 @pytest.mark.parametrize("call", ["lora_forward", "lora_backward"])
 @pytest.mark.parametrize("shared", [(), ("lora_a",), ("kernel",), ("x", "kernel", "bias")])
 def test_the_workspace_is_used_to_the_last_float(native, call, shared):
-    """A call that makes use of all its parts, the forward one in the CPU's own way."""
+    """A call of many rows, the forward one in the CPU's own way."""
     if native == "cuda" or (native == "metal" and call == "lora_forward"):
         pytest.skip("needs none, or one that is not for a test to know")
     axes = {name: (1,) if name in shared else (3,) for name in names(call, "kernel")}
@@ -388,3 +389,20 @@ def test_the_workspace_is_used_to_the_last_float(native, call, shared):
     text = f"workspace has {needed - 1} floats, needed {needed}"
     with pytest.raises(jax.errors.JaxRuntimeError, match=text):
         make(native, call, operands, axes, sizes, form="kernel", slices=2, workspace=needed - 1)
+
+
+@pytest.mark.parametrize("shared", [(), ("lora_b",), ("kernel",), ("x", "kernel", "bias")])
+def test_the_sums_of_few_rows_are_in_the_workspace(native, shared):
+    if native != "cpu":
+        pytest.skip("slices are the CPU's")
+    axes = {name: (1,) if name in shared else (3,) for name in names("lora_forward", "kernel")}
+    own = {name: math.prod(a) for name, a in axes.items()}
+    sizes, slices = {"m": 1, "k": 33, "n": 45, "r": 5}, 2
+    widened = (own["lora_b"] * 5 + own["bias"]) * 45
+    needed = widened + slices * (own["x"] if own["kernel"] == 1 else 3) * 45
+    operands = draw("lora_forward", axes, sizes, "bfloat16")
+    run = partial(make, native, "lora_forward", operands, axes, sizes, form="kernel", slices=slices)
+    run(workspace=needed)
+    text = f"workspace has {needed - 1} floats, needed {needed}"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=text):
+        run(workspace=needed - 1)

@@ -29,6 +29,7 @@ constexpr int64_t kFewToShrink = 16;  // rows up to which transposing A costs mo
 // Columns of W in a block of x·W for few rows: as long a read as can be, the sums of 16 KiB a row
 // being near enough.
 constexpr int64_t kFewColumns = 4096;
+static_assert(Scratch::kFew * kFewColumns <= Scratch::kRows * Scratch::kColumns, "their sums");
 
 // Below this many multiplications a second thread costs more than it brings: waking one takes
 // 5 to 10 µs, in which a core multiplies some 500,000 times. Reading W counts for more, since
@@ -156,9 +157,9 @@ class Forward {
     const void* x = At(RowsOf(block.product), block.m0 * c_.k, c_.dtype);
     const void* w = c_.kernel.At(c_.batch, block.product);
     Scratch* scratch = ThreadScratch();
-    if (blocks_->IsOfOne(block)) {
+    if (const auto part = blocks_->OneElement(block)) {
       phases.WaitBefore(2);
-      const int64_t element = block.product + block.m0 / c_.m, m0 = block.m0 % c_.m;
+      const auto [element, m0] = *part;
       const LowRank low_rank = {c_.h.At(c_.batch, element) + m0 * c_.r, static_cast<size_t>(c_.r),
                                 b_.At(c_.batch, element).From(block.j0).Read(), c_.scaling};
       return kernels_.layer(x, block.rows, c_.k, w, c_.n, block.j0, block.columns, low_rank,
@@ -328,9 +329,9 @@ class Backward {
                        block.m0 * c_.n, c_.dtype);
     const void* w = c_.kernel.At(c_.batch, block.product);
     Scratch* scratch = ThreadScratch();
-    if (blocks_->IsOfOne(block)) {
+    if (const auto part = blocks_->OneElement(block)) {
       phases.WaitBefore(2);
-      const int64_t element = block.product + block.m0 / c_.m, m0 = block.m0 % c_.m;
+      const auto [element, m0] = *part;
       const LowRank low_rank = {t_ + (element * c_.m + m0) * c_.r, static_cast<size_t>(c_.r),
                                 at_.At(c_.batch, element).From(block.j0).Read(), 1.0f};
       return kernels_.layer_transposed(g, block.rows, c_.n, w, block.j0, block.columns, low_rank,

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 
 #include "native/calls.h"
 #include "native/cpu/kernels.h"
@@ -81,11 +82,15 @@ class ProductBlocks {
             std::min(tiling_.columns, columns_ - j0)};
   }
 
-  // Whether the rows are those of one element alone, which is then product + m0 / m, from its row
-  // m0 % m on, and so many that one pass for the whole layer is worth waiting for h.
-  bool IsOfOne(const Block& block) const {
-    return sharing_ == 1 && block.rows > static_cast<int64_t>(Scratch::kDepthRows) &&
-           block.m0 / m_ == (block.m0 + block.rows - 1) / m_;
+  // Where the rows are those of one element alone, and so many that one pass for the whole layer is
+  // worth waiting for h: that element, and which of its rows is the first.
+  struct Part {
+    int64_t element, m0;
+  };
+  std::optional<Part> OneElement(const Block& block) const {
+    if (sharing_ != 1 || block.rows <= static_cast<int64_t>(Scratch::kDepthRows)) return {};
+    if (block.m0 / m_ != (block.m0 + block.rows - 1) / m_) return {};
+    return Part{block.product + block.m0 / m_, block.m0 % m_};
   }
 
   // The elements to whose results a block's rows belong: body(element, its first row, rows, the
