@@ -404,8 +404,7 @@ void StreamFew(const void* x_, size_t m, size_t k, size_t k0, size_t k1, const v
 }
 
 // Where few rows share the work of packing a panel, the next panel of the same rows of W is asked
-// for meanwhile; where there are many, that costs more than it brings (AVX-512, 512×1024→1024:
-// 389 → 382 GFLOP/s).
+// for meanwhile; where there are many, the tiles ask for it.
 template <class T>
 struct Straight {
   const T* w;  // (depth, columns), n apart
@@ -414,6 +413,7 @@ struct Straight {
   void operator()(size_t p, size_t j, size_t depth, size_t width, Panels<float> to) const {
     PackRows<T>({w + p * n + j, n}, depth, width, to, ahead);
   }
+  Ahead Soon(size_t p, size_t j, size_t, size_t width) const { return {w + p * n + j, n, width}; }
 };
 
 template <class T>
@@ -424,6 +424,7 @@ struct Turned {
   void operator()(size_t p, size_t j, size_t depth, size_t width, Panels<float> to) const {
     TurnRows<T>({w + j * n + p, n}, width, depth, to);
   }
+  Ahead Soon(size_t p, size_t j, size_t depth, size_t) const { return {w + j * n + p, n, depth}; }
 };
 
 // out (m, columns) = x (m, k) · w + bias + low_rank, `pack` bringing panels of w into the first
@@ -433,12 +434,16 @@ struct Turned {
 template <class T, class TO, class Pack>
 void PackedProduct(const T* x, size_t m, size_t k, const Pack& pack, size_t columns,
                    const LowRank& low_rank, const float* bias, Rows<TO> out, Scratch* scratch) {
-  constexpr size_t kWidth = Scratch::kPanel, kStep = Scratch::kPanelDepth;
+  constexpr size_t kWidth = Scratch::kPanel;
+  constexpr size_t kMost = Scratch::kPanelDepth, kUsual = kMost - kLanes;
   constexpr size_t kRow = Scratch::kPanelRow;
+  // The last depth takes in a low-rank part of a usual size: a tile so shallow that it has that
+  // alone, or little more, costs half as much as a deep one.
   const size_t whole = k + low_rank.rank;
+  const auto depth_at = [&](size_t p) { return whole - p <= kMost ? whole - p : kUsual; };
   size_t p = 0;
   do {
-    const size_t depth = std::min(kStep, whole - p);
+    const size_t depth = depth_at(p);
     const size_t of_w = p < k ? std::min(depth, k - p) : 0, of_b = depth - of_w;
     const size_t q = p + of_w - k;  // where of_b > 0, the first of these ranks
     for (size_t i = 0; i < m; ++i) {
@@ -460,11 +465,22 @@ void PackedProduct(const T* x, size_t m, size_t k, const Pack& pack, size_t colu
       const Scalars rows = {scratch->rows, kRow, 1};
       float* sums = scratch->sums + j;
       const Rows<const float> init = {p == 0 ? nullptr : sums, columns};
-      if (p + depth < whole) {
-        Nn<float, float>(m, width, depth, rows, panels.Read(), 1.0f, init, {sums, columns});
+      const auto multiply = [&](auto ahead) HWY_ATTR {
+        if (p + depth < whole) {
+          Nn<float, float>(m, width, depth, rows, panels.Read(), 1.0f, init, {sums, columns},
+                           nullptr, ahead);
+        } else {
+          Nn<float, TO>(m, width, depth, rows, panels.Read(), 1.0f, init, {out.data + j, out.row},
+                        bias == nullptr ? nullptr : bias + j, ahead);
+        }
+      };
+      const bool more = j + width < columns;
+      const size_t next_j = more ? j + width : 0, next_p = more ? p : p + depth;
+      if (kAnnounce && m > Scratch::kDepthRows && next_p < k) {
+        const size_t next_depth = std::min(depth_at(next_p), k - next_p);
+        multiply(pack.Soon(next_p, next_j, next_depth, std::min(kWidth, columns - next_j)));
       } else {
-        Nn<float, TO>(m, width, depth, rows, panels.Read(), 1.0f, init, {out.data + j, out.row},
-                      bias == nullptr ? nullptr : bias + j);
+        multiply(NothingAhead());
       }
     }
     p += depth;

