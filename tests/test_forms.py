@@ -1,6 +1,7 @@
 """The rule that picks a form: what it says of GPUs, which no machine of the tests has.
 
-Of the CPU it is held to by the tests that run its forms, of Metal by tests/test_metal.py.
+Of the CPU it is held to by the tests that run its forms, but for what this machine's instruction
+sets decide; of Metal by tests/test_metal.py.
 """
 
 import pytest
@@ -78,3 +79,15 @@ def test_a_named_library_is_never_xla():
                 problem = layer(rows, dtype=dtype)
                 assert forms.forward_form(library, problem, named=True) != "xla"
                 assert forms.backward_form(library, problem, named=True) != "xla"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("flags", "form"),
+    [({"avx2"}, "base"), ({"avx2", "avx512bw"}, "kernel")],
+    ids=["AVX2", "AVX-512"],
+)
+def test_with_avx512_the_cpu_multiplies_any_number_of_rows(flags, form, dtype, monkeypatch):
+    monkeypatch.setattr(forms, "_cpu_flags", lambda: frozenset(flags))
+    problem = layer(1 << 20, dtype=dtype)
+    assert forms.forward_form("cpu", problem) == forms.backward_form("cpu", problem) == form

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_fused_lora import implementations, lora_forward, lora_linear
+from jax_fused_lora import forms, implementations, lora_forward, lora_linear
 
 
 def apply(operands, scaling=1.0, implementation=None):
@@ -82,6 +82,16 @@ def test_shapes(implementation, shape, kernel, dtype):
     rows, k, n, rank = shape
     operands = oracle.operands((rows,), k, n, rank, dtype, kernel=kernel, bias=kernel)
     check_everything(operands, -1.5, implementation, dtype)
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[0] > 64], ids=str)
+def test_forms_of_a_cpu_without_avx512(shape, dtype, monkeypatch):
+    """Many rows complete XLA's product there, which the rule may never choose on this machine."""
+    monkeypatch.setattr(forms, "_cpu_flags", frozenset)
+    rows, k, n, rank = shape
+    operands = oracle.operands((rows,), k, n, rank, dtype, bias=True)
+    check_everything(operands, -1.5, "cpu", dtype)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

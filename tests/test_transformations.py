@@ -556,8 +556,9 @@ def test_vmap_over_x_is_one_call_of_all_rows():
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_base_product_is_completed_in_place(bias):
-    """With many rows XLA computes x·W and g·Wᵀ, and the call adds to them where they lie."""
+def test_base_product_is_completed_in_place(bias, monkeypatch):
+    """Without AVX-512 XLA computes x·W and g·Wᵀ of many rows; the call adds to them in place."""
+    monkeypatch.setattr(forms, "_cpu_flags", frozenset)
     operands = oracle.operands((700,), 64, 96, 4, "float32", bias=bias)
     g = make((700,), k=96)["x"]
 
