@@ -437,8 +437,9 @@ void PackedProduct(const T* x, size_t m, size_t k, const Pack& pack, size_t colu
   constexpr size_t kWidth = Scratch::kPanel;
   constexpr size_t kMost = Scratch::kPanelDepth, kUsual = kMost - kLanes;
   constexpr size_t kRow = Scratch::kPanelRow;
-  // The last depth takes in a low-rank part of a usual size: a tile so shallow that it has that
-  // alone, or little more, costs half as much as a deep one.
+  // The last depth takes in a low-rank part of a usual size: tiles so shallow that they have little
+  // more than that are slow (AVX-512, 512×1024, rank 16, float32, forward and backward: seven
+  // depths of 144 and one of 32 took 1.07 of what seven of 128 and one of 144 take).
   const size_t whole = k + low_rank.rank;
   const auto depth_at = [&](size_t p) { return whole - p <= kMost ? whole - p : kUsual; };
   size_t p = 0;
