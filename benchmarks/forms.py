@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=2.0, help="per line")
     options = parser.parse_args()
+    bench.keep_freed_memory()
     varied = "backward_form" if options.direction == "forward+backward" else "forward_form"
     for width in options.widths:
         for rows in options.rows:

@@ -103,6 +103,7 @@ def _bench(arguments: argparse.Namespace, console: Console) -> int:
     wanted = arguments.implementation
     if wanted and not implementations()[wanted].available:
         arguments.parser.error(f"argument --implementation: {implementations()[wanted].reason}")
+    bench.keep_freed_memory()
     header = machine()
     rows: list[Row] = []
     failures: list[str] = []
