@@ -286,11 +286,11 @@ def measure(case: Case, *, seconds: float = 2.0, implementation: str | None = No
 def keep_freed_memory() -> None:
     """Has the C library keep what this process frees: for the rest of the process, glibc only.
 
-    A program takes its temporaries and results from `malloc` at every call. glibc hands large
-    ones (from 32 MB on, and by what happened before, less) back to the system when they are freed, and the next call
-    pays for each page again. XLA's chain of `x @ a @ b` writes a layer's result over its input and
-    ours into a second buffer, so the two pay differently, for a chain's two buffers and not for its
-    layers: 8 of 2048×2048 in float32 took 1.37 of XLA's time, and 0.76 with the pages kept.
+    A program takes its temporaries and results from `malloc` at every call. glibc hands large ones
+    back to the system when they are freed (always from 32 MB on, smaller ones if they lie last),
+    and the next call pays for each page again. That is a matter of how many buffers a chain has,
+    not of its layers: XLA's chain of `x @ a @ b` writes a layer's result over its input, ours into
+    a second buffer. 8 of 2048×2048 in float32 took 1.37 of XLA's time, 0.76 with the pages kept.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

@@ -120,9 +120,9 @@ _BACKWARD = {
 
 _CUDA_FEW_ROWS = 16  # that one pass over W serves
 # Rows from which the product with the rank inside it beats XLA on an H100, 4096→4096, bfloat16,
-# rank 16: 0.97 of XLA's time at 512 rows, 0.87 at 2048, 0.85 at 8192; with the backward pass 1.04,
-# 0.95 and 0.90. Between 17 and 511 rows nothing was measured.
-_CUDA_FORWARD, _CUDA_BACKWARD = 512, 2048
+# rank 16: 0.82 of XLA's time at 512 rows, 0.84 at 2048, 0.87 at 8192; with the backward pass 0.94,
+# 0.91 and 0.85. Between 17 and 511 rows nothing was measured.
+_CUDA_MANY_ROWS = 512
 # Up to 16 rows one pass over W takes 0.89 of XLA's time there. Smaller layers were not measured,
 # nor ranks that the one-launch kernel does not take; backward it loses.
 _CUDA_FEW_WORK, _CUDA_FEW_RANK = 1 << 24, 64
@@ -142,7 +142,7 @@ def forward_form(
     if library == "cuda":
         product = product and _tma_takes(problem)
         few = problem.rows <= _CUDA_FEW_ROWS and problem.rank <= _CUDA_FEW_RANK
-        wins = problem.rows >= _CUDA_FORWARD or (few and problem.k * problem.n >= _CUDA_FEW_WORK)
+        wins = problem.rows >= _CUDA_MANY_ROWS or (few and problem.k * problem.n >= _CUDA_FEW_WORK)
         return _cuda_form(problem, product, wins, named)
     return _form(library, problem, _FORWARD, named)
 
@@ -154,7 +154,7 @@ def backward_form(
     if library == "cuda":
         # dx = g·Wᵀ + t·Aᵀ reads A as its rows lie, one rank after the other.
         takes = _tma_takes(problem) and problem.rank % 8 == 0
-        return _cuda_form(problem, product and takes, problem.rows >= _CUDA_BACKWARD, named)
+        return _cuda_form(problem, product and takes, problem.rows >= _CUDA_MANY_ROWS, named)
     return _form(library, problem, _BACKWARD, named)
 
 

@@ -25,8 +25,8 @@ def layer(rows, k=4096, n=4096, rank=16, dtype="bfloat16", has_kernel=True, wide
         (1, "kernel", "xla"),
         (16, "kernel", "xla"),
         (17, "xla", "xla"),
-        (512, "kernel", "xla"),
-        (2048, "kernel", "kernel"),
+        (511, "xla", "xla"),
+        (512, "kernel", "kernel"),
     ],
 )
 def test_cuda_takes_by_default_what_it_is_faster_at(rows, forward, backward):

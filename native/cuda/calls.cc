@@ -35,11 +35,16 @@ Element ElementOf(ffi::DataType dtype) {
 // Whole lines of 128 bytes, so that each part of a workspace begins on one.
 int64_t Lines(int64_t floats) { return (floats + 31) / 32 * 32; }
 
+int64_t H16Workspace(const Sizes& sizes) {
+  return (sizes.rows * GemmSm90Width(sizes.rank) + 1) / 2;
+}
+
 // What Launcher::Layer takes.
 int64_t LayerWorkspace(const Sizes& sizes, std::string_view form) {
   if (form != "kernel") return 0;
-  return Lines(sizes.rows <= kFewRows ? DecodeWorkspace(sizes)
-                                      : (sizes.rows * GemmSm90Width(sizes.rank) + 1) / 2);
+  if (sizes.rows <= kFewRows) return Lines(DecodeWorkspace(sizes));
+  return Lines(H16Workspace(sizes)) +
+         Lines(GemmSm90ShrinkScratch(sizes.rows, sizes.in, sizes.rank));
 }
 
 // What the two calls take, in all: one element, however many there are.
@@ -136,12 +141,14 @@ class Launcher {
   Factor a(bool transposed) const { return {call_.a, ElementOf(call_.dtype), transposed}; }
   Factor b(bool transposed) const { return {call_.b, ElementOf(call_.b_dtype), transposed}; }
 
-  // The layer as one product on Hopper's tensor cores, which starts while the shrink still runs.
+  // The layer as one product on Hopper's tensor cores, which computes h on the way, or starts while
+  // the shrink still runs.
   void Product(bool transposed, const void* x, float shrink_scaling, float expand_scaling,
                const void* bias, float* h, void* y) {
     const Sizes all = sizes(transposed);
-    void* const h16 = Take((all.rows * GemmSm90Width(all.rank) + 1) / 2);
-    const Factor b = second(transposed);
+    void* const h16 = Take(H16Workspace(all));
+    float* const scratch = Take(GemmSm90ShrinkScratch(all.rows, all.in, all.rank));
+    const Factor a = first(transposed), b = second(transposed);
     const Gemm gemm = {element() == Element::kBfloat16,
                        transposed,
                        all.rows,
@@ -160,8 +167,13 @@ class Launcher {
       Fail("form is 'kernel', for more rows than " + std::to_string(kFewRows) +
            " or operands that the Hopper product does not take");
     if (!ok()) return;
-    Did("shrink", LaunchShrink(stream_, element(), all, x, first(transposed), shrink_scaling, h,
-                               h16, expand_scaling));
+    const GemmShrink shrink = {a.data, shrink_scaling, expand_scaling, h, h16, scratch};
+    if (a.element == element() && GemmSm90Shrinks(gemm, shrink)) {
+      Did("gemm_sm90", GemmSm90(gemm, shrink, stream_));
+      return;
+    }
+    Did("shrink",
+        LaunchShrink(stream_, element(), all, x, a, shrink_scaling, h, h16, expand_scaling));
     if (ok()) Did("gemm_sm90", GemmSm90(gemm, stream_, /*programmatic_dependent=*/true));
   }
 

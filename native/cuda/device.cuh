@@ -114,6 +114,27 @@ __device__ inline T Rounded(float value) {
   }
 }
 
+// value as hi + lo. What is not finite stays what it is.
+template <class E>
+__device__ inline void Split(float value, E* hi, E* lo) {
+  *hi = Rounded<E>(value);
+  const float rest = value - ToFloat(*hi);
+  *lo = Rounded<E>(isfinite(rest) ? rest : 0.0f);
+}
+
+// The same for h16: float16's hi and lo end at ±65504, see gemm_sm90.h. NaN stays NaN.
+template <class E>
+__device__ inline void SplitClamped(float value, E* hi, E* lo) {
+  if constexpr (std::is_same_v<E, __half>) {
+    constexpr float kMost = 65504.0f;
+    *hi = Rounded<E>(value > kMost ? kMost : value < -kMost ? -kMost : value);
+    const float rest = value - ToFloat(*hi);
+    *lo = Rounded<E>(rest > kMost ? kMost : rest < -kMost ? -kMost : rest);
+  } else {
+    Split(value, hi, lo);
+  }
+}
+
 // Four neighbouring elements, aligned to as much.
 template <class T>
 __device__ inline void LoadQuad(const T* from, float (&to)[4]) {

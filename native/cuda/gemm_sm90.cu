@@ -24,9 +24,31 @@
 // A block takes all of a multiprocessor's registers, so it starts where the kernel before has left,
 // or never was. CUTLASS's own waits and triggers stay off (CUTLASS_ENABLE_GDC_FOR_SM90 undefined).
 //
+// Shrinking inside. Every block has x's tiles in shared memory anyway, so h = x·A costs no sweep of
+// x: the n/256 (or n/128) blocks of some rows each multiply a few of k's tiles, a share, by A as
+// well, beside W. That is 1/16 of a wgmma's work for 4 of 64 tiles, and every block begins k with
+// its own share, so that all shares are done when the first twentieth of the product is. They lie
+// in memory then, and a warp of each block that has nothing else to do adds a part of each, in one
+// order, writes that part of h and h16, and counts itself in. The fetching thread waits for all
+// parts before its first stage of h16, some 40 µs later in a large product. (Where the warps that
+// multiply added the shares, 512 rows took 41 µs, not the product's 26: fences and atomics take
+// microseconds while the copies run.)
+//
+// The counters must be zero when a product begins: a small kernel before sees to that, whose
+// programmatic dependent this one is, and who counts or waits for a count waits for that one first.
+// (Counters of the kernel's own, a slot for each scratch memory, that the last block to read them
+// sets back, were no faster: 512 rows 29.3 to 29.9 µs, with the kernel before 28.8 to 29.6.)
+//
+// No block waits for ever. Blocks take tiles in the order of their number, all blocks of the
+// grid run at once (it is no larger than what the GPU holds), and a tile waits for the shares of
+// tiles that are fewer numbers ahead than there are blocks. So of all tiles that wait, take the one
+// with the lowest number: a share that it lacks belongs to a tile whose block has only tiles before
+// it that are lower than the one that waits; those are done. (ShrinkPlan.)
+//
 // This file is compiled 13 times, a CUTLASS kernel being slow to compile: with
 // JAX_FUSED_LORA_GEMM_PART from 0 to 11 for one kernel each, and without for the functions of the
 // header. Always with NDEBUG: the asserts in CUTLASS's loop make the compiler serialize wgmma.
+#include <algorithm>
 #include <atomic>
 #include <type_traits>
 
@@ -34,9 +56,25 @@
 
 namespace jax_fused_lora {
 
-// Launches one kernel; instantiated by the parts.
+// How k is shared out; all zero where h comes from elsewhere.
+struct Shares {
+  int length = 0;  // in tiles of kTileK
+  int count = 0;
+  int ahead = 0;  // clusters that must run at once, see ShrinkPlan
+};
+
+constexpr int kTileK = 64;
+constexpr int kShrinkBytes = 16 << 10;  // of a share of A in shared memory
+// Ranks that x is multiplied by at a time.
+constexpr int ShrinkRanks(int64_t r) { return r <= 16 ? 16 : 32; }
+
+// Of a tile of rows: how many shares are there, and how many parts of h are finished.
+constexpr int kCounters = 2;
+
+// Launches one kernel; instantiated by the parts. `shrink` may be null.
 template <int tile, bool bf16, bool transposed>
-cudaError_t LaunchGemm(const Gemm& gemm, const GemmPlan& plan, int device, int multiprocessors,
+cudaError_t LaunchGemm(const Gemm& gemm, const GemmPlan& plan, const GemmShrink* shrink,
+                       const Shares& shares, unsigned* counters, int device, int multiprocessors,
                        cudaStream_t stream, bool programmatic_dependent);
 
 }  // namespace jax_fused_lora
@@ -51,6 +89,19 @@ cudaError_t LaunchGemm(const Gemm& gemm, const GemmPlan& plan, int device, int m
 #include "cutlass/gemm/collective/collective_builder.hpp"
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
 #include "cutlass/numeric_types.h"
+#include "native/cuda/device.cuh"
+
+namespace jax_fused_lora {
+
+// A mainloop's policy, and that a second warp of the producers has something to do.
+template <class Policy>
+struct WithSecondWarp : Policy {};
+
+}  // namespace jax_fused_lora
+
+template <class Policy>
+struct cutlass::gemm::kernel::detail::HasAuxiliaryLoad<jax_fused_lora::WithSecondWarp<Policy>>
+    : cute::true_type {};
 
 namespace jax_fused_lora {
 
@@ -64,29 +115,87 @@ struct WithRank : Mainloop {
   using State = typename Mainloop::PipelineState;
   using TileShape = typename Mainloop::TileShape;
   using TiledMma = typename Mainloop::TiledMma;
-  using ClusterShape = typename Mainloop::DispatchPolicy::ClusterShape;
+  using DispatchPolicy = WithSecondWarp<typename Mainloop::DispatchPolicy>;
+  using ClusterShape = typename DispatchPolicy::ClusterShape;
   using SmemLayoutA = typename Mainloop::SmemLayoutA;
   using SmemLayoutB = typename Mainloop::SmemLayoutB;
   using CopyA = typename Mainloop::GmemTiledCopyA;
   using CopyB = typename Mainloop::GmemTiledCopyB;
+  using Element = typename Mainloop::ElementA;
+  using StrideB = typename Mainloop::StrideB;
 
-  static constexpr int kTileK = cute::size<2>(TileShape{});
+  static constexpr int kTileM = cute::size<0>(TileShape{});
   static constexpr int kRanks = 32;  // of a stage
   static constexpr int kStep = 16;   // K of a wgmma
-  static_assert(kTileK == 2 * kRanks && kRanks == 2 * kStep);
+  static_assert(cute::size<2>(TileShape{}) == kTileK && kTileK == 2 * kRanks &&
+                kRanks == 2 * kStep);
+  static constexpr int kThreads = cute::size(TiledMma{});  // that multiply a tile together
+  static constexpr int kShareBarrier = 0;  // of a block: a share's sums are on their way to memory
+
+  // x·A of a tile's rows and kWidth ranks, with a share of A in shared memory, which lies as W
+  // does.
+  template <int kWidth>
+  struct Shrink {
+    static constexpr bool kStraight = cutlass::gemm::detail::is_major<0, StrideB>();
+    using Atom = std::conditional_t<
+        !kStraight, cute::GMMA::Layout_K_SW128_Atom<Element>,
+        std::conditional_t<kWidth == 16, cute::GMMA::Layout_MN_SW32_Atom<Element>,
+                           cute::GMMA::Layout_MN_SW64_Atom<Element>>>;
+    static constexpr int kBytes = kWidth * kTileK * sizeof(Element);  // of a tile of k
+    using Shape = cute::Shape<cute::Int<kTileM>, cute::Int<kWidth>, cute::Int<kTileK>>;
+    using Layout = decltype(cute::tile_to_shape(
+        Atom{},
+        cute::Shape<cute::Int<kWidth>, cute::Int<kTileK>, cute::Int<kShrinkBytes / kBytes>>{}));
+    using Product = decltype(cute::make_tiled_mma(
+        cute::GMMA::ss_op_selector<Element, Element, float, Shape, cute::GMMA::Major::K,
+                                   kStraight ? cute::GMMA::Major::MN : cute::GMMA::Major::K>(),
+        cute::Layout<cute::Shape<cute::Int<kThreads / 128>, cute::_1, cute::_1>>{}));
+
+    static auto Tma(Element const* a, int r, int k, StrideB stride) {
+      using namespace cute;
+      return make_tma_copy_B_sm90(
+          SM90_TMA_LOAD{},
+          make_tensor(reinterpret_cast<typename Mainloop::InternalElementB const*>(a),
+                      make_layout(make_shape(r, k, 1), stride)),
+          Layout{}(_, _, Int<0>{}), Shape{}, cute::Shape<_1, _1, _1>{});
+    }
+    using Descriptor = decltype(Tma(nullptr, 0, 0, StrideB{}));
+  };
+
+  // What a shrink inside works on; also the device's.
+  struct ShrinkArguments {
+    Shares shares;
+    int m;
+    Element const* a;
+    StrideB a_stride;
+    float scaling, h16_scaling;
+    float* h;
+    Element* h16;
+    float* sums;  // of each share
+    unsigned* counters;
+  };
 
   struct Arguments : Mainloop::Arguments {
     int k, r;
-    typename Mainloop::ElementA const* h16;
+    Element const* h16;
     typename Mainloop::StrideA h16_stride;
-    typename Mainloop::ElementB const* factor;
-    typename Mainloop::StrideB factor_stride;
+    Element const* factor;
+    StrideB factor_stride;
+    ShrinkArguments shrink;
   };
 
   struct Params : Mainloop::Params {
     typename Mainloop::Params::TMA_A tma_load_h16;
     typename Mainloop::Params::TMA_B tma_load_factor;
-    int k_tiles, r;  // tiles of x and W
+    typename Shrink<16>::Descriptor tma_load_a16;
+    typename Shrink<32>::Descriptor tma_load_a32;
+    int k_tiles, k, r;  // k_tiles: tiles of x and W
+    ShrinkArguments shrink;
+  };
+
+  struct TensorStorage : Mainloop::TensorStorage {
+    cute::array_aligned<Element, kShrinkBytes / sizeof(Element), 1024> shrink;
+    int2 tiles[DispatchPolicy::Stages];  // row and column, by the tile's first stage
   };
 
   static int KOfKernel(int64_t k, int64_t r) {
@@ -101,7 +210,9 @@ struct WithRank : Mainloop {
     static_cast<typename Mainloop::Params&>(params) =
         Mainloop::to_underlying_arguments(cute::make_shape(m, n, given.k), given, nullptr);
     params.k_tiles = cute::ceil_div(given.k, kTileK);
+    params.k = given.k;
     params.r = given.r;
+    params.shrink = given.shrink;
     if (given.r == 0) {
       params.tma_load_h16 = params.tma_load_a;
       params.tma_load_factor = params.tma_load_b;
@@ -117,6 +228,14 @@ struct WithRank : Mainloop {
         CopyA{}, h16, SmemLayoutA{}(_, _, cute::Int<0>{}), TileShape{}, ClusterShape{});
     params.tma_load_factor = cute::make_tma_copy_B_sm90(
         CopyB{}, factor, SmemLayoutB{}(_, _, cute::Int<0>{}), TileShape{}, ClusterShape{});
+    if (given.shrink.shares.length > 0) {
+      const auto& shrink = given.shrink;
+      if (ShrinkRanks(given.r) == 16) {
+        params.tma_load_a16 = Shrink<16>::Tma(shrink.a, given.r, given.k, shrink.a_stride);
+      } else {
+        params.tma_load_a32 = Shrink<32>::Tma(shrink.a, given.r, given.k, shrink.a_stride);
+      }
+    }
     return params;
   }
 
@@ -126,19 +245,66 @@ struct WithRank : Mainloop {
       cute::prefetch_tma_descriptor(params.tma_load_h16.get_tma_descriptor());
       cute::prefetch_tma_descriptor(params.tma_load_factor.get_tma_descriptor());
     }
+    if (params.shrink.shares.length > 0) {
+      cute::prefetch_tma_descriptor(ShrinkRanks(params.r) == 16
+                                        ? params.tma_load_a16.get_tma_descriptor()
+                                        : params.tma_load_a32.get_tma_descriptor());
+    }
+  }
+
+  // A tile's way through k: first `lead` tiles of k from `begin` on, round the end of k, of which
+  // those of this block's share come at the steps from `first` on; then the others in their order.
+  // Blocks of a cluster that have rows in common go together.
+  struct Way {
+    int begin, lead, first, length;
+
+    // The tile of k after that of a step. (Going round from `begin` to the end instead, all rows of
+    // W are read at once, a little of each: 512 rows of 4096 took 31.7 µs, not 28.8.)
+    CUTLASS_DEVICE int Next(int step, int k_tile, int k_tiles) const {
+      const int end = begin + lead < k_tiles ? begin + lead : begin + lead - k_tiles;
+      if (step + 1 < lead) return k_tile + 1 < k_tiles ? k_tile + 1 : 0;
+      if (step + 1 > lead) ++k_tile;
+      if (step + 1 == lead) k_tile = 0;
+      return k_tile == begin || (k_tile == 0 && end <= begin) ? end : k_tile;
+    }
+  };
+  CUTLASS_DEVICE static Way WayOf(Params const& params, int n_tile) {
+    constexpr int kSides = cute::size<1>(ClusterShape{});
+    const int length = params.shrink.shares.length, side = n_tile % kSides;
+    const int begin = (n_tile - side) * length, left = params.k_tiles - n_tile * length;
+    if (begin >= params.k_tiles || length == 0) return {params.k_tiles, 0, 0, 0};
+    // One step before, on behalf of the compiler: see mma.
+    return {(begin > 0 ? begin : params.k_tiles) - 1, 1 + kSides * length, 1 + side * length,
+            left > 0 ? min(left, length) : 0};
+  }
+
+  // A's share, on the barrier of a stage whose own copies are still to come.
+  template <int kWidth>
+  CUTLASS_DEVICE static void LoadShare(typename Shrink<kWidth>::Descriptor const& tma,
+                                       Params const& params, int k_tile, int length,
+                                       typename Pipeline::ProducerBarrierType* barrier,
+                                       TensorStorage& stages) {
+    using namespace cute;
+    using Own = Shrink<kWidth>;
+    cutlass::arch::ClusterTransactionBarrier::expect_transaction(barrier, length * Own::kBytes);
+    Tensor a = local_tile(tma.get_tma_tensor(make_shape(params.r, params.k, 1)),
+                          Shape<Int<kWidth>, Int<kTileK>>{}, make_coord(0, _, 0));
+    auto slice = tma.get_slice(0);
+    Tensor from = slice.partition_S(a);
+    Tensor to =
+        slice.partition_D(make_tensor(make_smem_ptr(stages.shrink.data()), typename Own::Layout{}));
+    for (int i = 0; i < length; ++i) {
+      copy(tma.with(*barrier, 0), from(_, _, _, k_tile + i), to(_, _, _, i));
+    }
   }
 
   // The fetching warp's part of one tile of y.
   template <class Inputs, class Coord, class KTileIterator>
   CUTLASS_DEVICE void load(Params const& params, Pipeline pipeline, State state,
-                           Inputs const& inputs, Coord const& coord, KTileIterator k_tile, int,
-                           int thread, uint32_t block_in_cluster,
-                           typename Mainloop::TensorStorage& stages) {
+                           Inputs const& inputs, Coord const& coord, KTileIterator, int, int,
+                           uint32_t block_in_cluster, TensorStorage& stages) {
     using namespace cute;
-    Mainloop::load(params, pipeline, state, inputs, coord, k_tile, params.k_tiles, thread,
-                   block_in_cluster, stages);
-    if (params.r == 0 || !elect_one_sync()) return;
-    state.advance(params.k_tiles);
+    if (!elect_one_sync()) return;
 
     // A TMA tensor is made of coordinates, so those of x serve h16 and those of W the factor.
     auto [m_tile, n_tile, unused, batch] = coord;
@@ -149,8 +315,6 @@ struct WithRank : Mainloop {
     Layout cluster = Layout<ClusterShape>{};
     const int row = block_in_cluster % size<0>(cluster),
               column = block_in_cluster / size<0>(cluster);
-    auto copy_left = params.tma_load_h16.get_slice(column);
-    auto copy_right = params.tma_load_factor.get_slice(row);
     uint16_t share_left = 0, share_right = 0;
     if constexpr (is_same_v<CopyA, SM90_TMA_LOAD_MULTICAST>) {
       for (int j = 0; j < size<1>(cluster); ++j) share_left |= 1 << cluster(row, j, _0{});
@@ -158,11 +322,53 @@ struct WithRank : Mainloop {
     if constexpr (is_same_v<CopyB, SM90_TMA_LOAD_MULTICAST>) {
       for (int i = 0; i < size<0>(cluster); ++i) share_right |= 1 << cluster(i, column, _0{});
     }
-    Tensor to_left = copy_left.partition_D(
-        make_tensor(make_smem_ptr(stages.smem_A.data()), SmemLayoutA{}));  // (…, stage)
-    Tensor to_right =
-        copy_right.partition_D(make_tensor(make_smem_ptr(stages.smem_B.data()), SmemLayoutB{}));
+    Tensor smem_left = make_tensor(make_smem_ptr(stages.smem_A.data()), SmemLayoutA{});
+    Tensor smem_right = make_tensor(make_smem_ptr(stages.smem_B.data()), SmemLayoutB{});
 
+    // The stages of x and W.
+    const bool shrinks = params.shrink.shares.length > 0;
+    const Way way = WayOf(params, n_tile);
+    {
+      auto copy_left = params.tma_load_a.get_slice(column);
+      auto copy_right = params.tma_load_b.get_slice(row);
+      Tensor from_left = copy_left.partition_S(left);
+      Tensor from_right = copy_right.partition_S(right);
+      Tensor to_left = copy_left.partition_D(smem_left);
+      Tensor to_right = copy_right.partition_D(smem_right);
+      int k_tile = way.lead > 0 ? way.begin : 0;
+      CUTLASS_PRAGMA_NO_UNROLL
+      for (int step = 0; step < params.k_tiles; ++step, ++state) {
+        // Before the arrival that is part of acquiring, so that who waits for the stage sees it.
+        // Nobody reads what lies there: more stages than there are have passed since.
+        if (shrinks && step == 0) {
+          asm volatile(
+              "st.shared.v2.b32 [%0], {%1, %2};" ::"r"(SharedAddress(&stages.tiles[state.index()])),
+              "r"(int(m_tile)), "r"(int(n_tile))
+              : "memory");
+        }
+        pipeline.producer_acquire(state);
+        auto* barrier = pipeline.producer_get_barrier(state);
+        if (shrinks && step == 0 && way.length > 0) {
+          const int own = n_tile * params.shrink.shares.length;
+          if (ShrinkRanks(params.r) == 16) {
+            LoadShare<16>(params.tma_load_a16, params, own, way.length, barrier, stages);
+          } else {
+            LoadShare<32>(params.tma_load_a32, params, own, way.length, barrier, stages);
+          }
+        }
+        copy(params.tma_load_a.with(*barrier, share_left), from_left(_, _, _, k_tile),
+             to_left(_, _, _, state.index()));
+        copy(params.tma_load_b.with(*barrier, share_right), from_right(_, _, _, k_tile),
+             to_right(_, _, _, state.index()));
+        k_tile = way.Next(step, k_tile, params.k_tiles);
+      }
+    }
+
+    // Those of the rank.
+    auto copy_left = params.tma_load_h16.get_slice(column);
+    auto copy_right = params.tma_load_factor.get_slice(row);
+    Tensor to_left = copy_left.partition_D(smem_left);  // (…, stage)
+    Tensor to_right = copy_right.partition_D(smem_right);
     CUTLASS_PRAGMA_NO_UNROLL
     for (int i = 0; i * kRanks < params.r; ++i, ++state) {
       pipeline.producer_acquire(state);
@@ -171,10 +377,137 @@ struct WithRank : Mainloop {
           copy_right.partition_S(domain_offset(make_coord(0, i * kRanks, 0), right));
       copy(params.tma_load_factor.with(*barrier, share_right), from_right(_, _, _, 0),
            to_right(_, _, _, state.index()));
-      if (i == 0) asm volatile("griddepcontrol.wait;" ::: "memory");
+      if (i == 0) {
+        WaitForKernelBefore();
+        if (shrinks) {
+          WaitForCount(Counters(params, m_tile) + 1, params.shrink.shares.count);
+          // h16 was written as memory usually is, and TMA reads it.
+          asm volatile("fence.proxy.async;" ::: "memory");
+        }
+      }
       Tensor from_left = copy_left.partition_S(left);
       copy(params.tma_load_h16.with(*barrier, share_left), from_left(_, _, _, i),
            to_left(_, _, _, state.index()));
+    }
+  }
+
+  CUTLASS_DEVICE static unsigned* Counters(Params const& params, int m_tile) {
+    return params.shrink.counters + int64_t{m_tile} * kCounters;
+  }
+
+  // After all that this thread, and those it waited for, have written.
+  CUTLASS_DEVICE static void Add(unsigned* counter) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+  }
+  CUTLASS_DEVICE static void WaitForCount(unsigned* counter, unsigned count) {
+    unsigned now;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+    } while (now < count);
+  }
+
+  // The sums of a thread's share, to where those of the others are.
+  template <class Sums>
+  CUTLASS_DEVICE static void StoreShare(Sums const& sums, int2 tile, int thread,
+                                        Params const& params) {
+    constexpr int kQuads = cute::size(Sums{}) / 4;
+    float4* const own = reinterpret_cast<float4*>(params.shrink.sums) +
+                        (int64_t{tile.x} * params.shrink.shares.count + tile.y) * kQuads * kThreads;
+    CUTLASS_PRAGMA_UNROLL
+    for (int q = 0; q < kQuads; ++q) {
+      __stcg(own + q * kThreads + thread,
+             make_float4(sums(q * 4), sums(q * 4 + 1), sums(q * 4 + 2), sums(q * 4 + 3)));
+    }
+    cutlass::arch::NamedBarrier::arrive(kThreads + 32, kShareBarrier);
+  }
+
+  // Another warp's part: of the rows that this block has in common with others, to add the shares
+  // of some. The warpgroups that multiply do not wait for any of that.
+  template <class Inputs, class Coord, class KTileIterator>
+  CUTLASS_DEVICE void load_auxiliary(Params const& params, Pipeline, State, Inputs const&,
+                                     Coord const& coord, KTileIterator, int, int lane, uint32_t,
+                                     TensorStorage& stages) {
+    auto [m_tile, n_tile, unused, batch] = coord;
+    if (WayOf(params, n_tile).length == 0) return;
+    if (ShrinkRanks(params.r) == 16) {
+      AddShares<16>(params, m_tile, n_tile, lane, stages);
+    } else {
+      AddShares<32>(params, m_tile, n_tile, lane, stages);
+    }
+  }
+
+  template <int kWidth>
+  CUTLASS_DEVICE static void AddShares(Params const& params, int m_tile, int share, int lane,
+                                       TensorStorage& stages) {
+    constexpr int kQuads = kTileM * kWidth / 4;  // of a tile
+    const ShrinkArguments& shrink = params.shrink;
+    const int count = shrink.shares.count;
+    cutlass::arch::NamedBarrier::sync(kThreads + 32, kShareBarrier);  // our share is there
+    WaitForKernelBefore();
+    unsigned* const counters = Counters(params, m_tile);
+    if (lane == 0) Add(counters);
+    WaitForCount(counters, count);
+
+    const float4* const sums =
+        reinterpret_cast<const float4*>(shrink.sums) + int64_t{m_tile} * count * kQuads;
+    // This warp has few registers, so what it adds comes by way of A's share, which was used.
+    constexpr int kRoom = kShrinkBytes / sizeof(float4);
+    float4* const copies = reinterpret_cast<float4*>(stages.shrink.data());
+    const int each = cute::ceil_div(kQuads, count), end = min((share + 1) * each, kQuads);
+    const int round = min(each, kRoom / count);  // a share's, at a time
+    for (int begin = share * each; begin < end; begin += round) {
+      const int stop = min(begin + round, end);
+      for (int i = begin + lane; i < stop; i += 32) {
+        for (int j = 0; j < count; ++j) {
+          CopyAsync(copies + j * round + i - begin, sums + j * kQuads + i, true);
+        }
+      }
+      CommitCopies();
+      WaitForCopies<0>();
+      for (int i = begin + lane; i < stop; i += 32) {  // what this thread has copied
+        float4 sum = make_float4(0, 0, 0, 0);
+        for (int j = 0; j < count; ++j) {
+          const float4 add = copies[j * round + i - begin];
+          sum.x += add.x, sum.y += add.y, sum.z += add.z, sum.w += add.w;
+        }
+        StoreH<kWidth>(params, m_tile, i, sum);
+      }
+    }
+    // For TMA, which reads h16 and fills A's share again.
+    asm volatile("fence.proxy.async;" ::: "memory");
+    __syncwarp();
+    if (lane == 0) Add(counters + 1);
+  }
+
+  // Four sums of h, of the many that a tile's rows have.
+  template <int kWidth>
+  CUTLASS_DEVICE static void StoreH(Params const& params, int m_tile, int i, float4 const& sum) {
+    using Number =
+        std::conditional_t<std::is_same_v<Element, cutlass::half_t>, __half, __nv_bfloat16>;
+    const ShrinkArguments& shrink = params.shrink;
+    const int r = params.r, width = int(GemmSm90Width(r));
+    // Of the accumulators of a 64 x kWidth wgmma, a thread's four are two rows of two ranks.
+    const int thread = i % kThreads, quad = i / kThreads;
+    const int block = quad / (kWidth / 8) * (kThreads / 128) + thread / 128;
+    const int64_t first =
+        int64_t{m_tile} * kTileM + block * 64 + thread % 128 / 32 * 16 + thread % 32 / 4;
+    const int rank = quad % (kWidth / 8) * 8 + thread % 4 * 2;
+    CUTLASS_PRAGMA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = first + half * 8;
+      if (row >= shrink.m) break;
+      const float values[2] = {shrink.scaling * (half ? sum.z : sum.x),
+                               shrink.scaling * (half ? sum.w : sum.y)};
+      alignas(4) Number hi[2], lo[2];
+      CUTLASS_PRAGMA_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        if (rank + j < r) shrink.h[row * r + rank + j] = values[j];
+        SplitClamped(shrink.h16_scaling * values[j], hi + j, lo + j);
+      }
+      Number* const pair = reinterpret_cast<Number*>(shrink.h16) + row * width +
+                           rank / kStep * kRanks + rank % kStep;
+      *reinterpret_cast<uint32_t*>(pair) = *reinterpret_cast<uint32_t*>(hi);
+      *reinterpret_cast<uint32_t*>(pair + kStep) = *reinterpret_cast<uint32_t*>(lo);
     }
   }
 
@@ -182,24 +515,91 @@ struct WithRank : Mainloop {
   // mma_tail.
   template <class Accumulators>
   CUTLASS_DEVICE void mma(Pipeline pipeline, State state, Accumulators& sums, int, int thread,
-                          typename Mainloop::TensorStorage& stages, Params const& params) {
+                          TensorStorage& stages, Params const& params) {
     using namespace cute;
-    Mainloop::mma(pipeline, state, sums, params.k_tiles, thread, stages, params);
-    State done = state;
-    done.advance(params.k_tiles - 1);
-    state.advance(params.k_tiles);
-
     constexpr int kGroup = cutlass::NumThreadsPerWarpGroup;
+    const int group = __shfl_sync(0xffffffff, thread / kGroup, 0) * kGroup;
     TiledMma product;
-    product.accumulate_ = GMMA::ScaleOut::One;
-    auto slice = product.get_slice(__shfl_sync(0xffffffff, thread / kGroup, 0) * kGroup);
+    auto slice = product.get_slice(group);
     Tensor left = slice.make_fragment_A(slice.partition_A(
         make_tensor(make_smem_ptr(stages.smem_A.data()), SmemLayoutA{})));  // (…, step, stage)
     Tensor right = slice.make_fragment_B(
         slice.partition_B(make_tensor(make_smem_ptr(stages.smem_B.data()), SmemLayoutB{})));
 
+    const int first_stage = state.index();
+    State done = state;
+    bool multiplied = false;  // the stage `done`, which is still to be released
+    const auto end_step = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
+      warpgroup_commit_batch();
+      warpgroup_wait<1>();
+      warpgroup_fence_operand(sums);
+      if (multiplied) {
+        pipeline.consumer_release(done);
+        ++done;
+      }
+      multiplied = true;
+      ++state;
+    };
+    // A step of x and W, and what else multiplies its stage.
+    const auto multiply = [&](auto const& beside) CUTLASS_LAMBDA_FUNC_INLINE {
+      pipeline.consumer_wait(state, pipeline.consumer_try_wait(state));
+      const int stage = state.index();
+      warpgroup_fence_operand(sums);
+      warpgroup_arrive();
+      CUTLASS_PRAGMA_UNROLL
+      for (int step = 0; step < size<2>(left); ++step) {
+        gemm(product, left(_, _, step, stage), right(_, _, step, stage), sums);
+        product.accumulate_ = GMMA::ScaleOut::One;
+      }
+      beside(stage);
+      end_step();
+    };
+    const auto multiply_alone = [&](int steps) CUTLASS_LAMBDA_FUNC_INLINE {
+      CUTLASS_PRAGMA_NO_UNROLL
+      for (; steps > 0; --steps) multiply([](int) {});
+    };
+
+    // The first of a loop's accumulations is outside of it, or the compiler serializes all wgmma.
+    product.accumulate_ = GMMA::ScaleOut::Zero;
+    multiply([](int) {});
+    int steps = params.k_tiles - 1;
+    const auto shrink = [&](auto width, int2 tile, Way way) CUTLASS_LAMBDA_FUNC_INLINE {
+      using Own = Shrink<decltype(width)::value>;
+      typename Own::Product own_product;
+      Tensor h = partition_fragment_C(own_product, take<0, 2>(typename Own::Shape{}));
+      auto own_slice = own_product.get_slice(group);
+      Tensor a = own_slice.make_fragment_B(own_slice.partition_B(
+          make_tensor(make_smem_ptr(stages.shrink.data()), typename Own::Layout{})));
+      int i = 0;
+      const auto multiply_a = [&](int stage) CUTLASS_LAMBDA_FUNC_INLINE {
+        warpgroup_fence_operand(h);
+        CUTLASS_PRAGMA_UNROLL
+        for (int step = 0; step < size<2>(left); ++step) {
+          gemm(own_product, left(_, _, step, stage), a(_, _, step, i), h);
+          own_product.accumulate_ = GMMA::ScaleOut::One;
+        }
+      };
+      multiply_alone(way.first - 1);
+      own_product.accumulate_ = GMMA::ScaleOut::Zero;
+      multiply(multiply_a);
+      CUTLASS_PRAGMA_NO_UNROLL
+      for (i = 1; i < way.length; ++i) multiply(multiply_a);
+      multiply_alone(1);  // while this step is multiplied, those of h are done
+      warpgroup_fence_operand(h);
+      StoreShare(h, tile, thread, params);
+      steps -= way.first + way.length;
+    };
+    if (params.shrink.shares.length > 0) {
+      const int2 tile = stages.tiles[first_stage];
+      const Way way = WayOf(params, tile.y);
+      if (way.length > 0) {
+        ShrinkRanks(params.r) == 16 ? shrink(Int<16>{}, tile, way) : shrink(Int<32>{}, tile, way);
+      }
+    }
+    multiply_alone(steps);
+
     CUTLASS_PRAGMA_NO_UNROLL
-    for (int ranks = params.r; ranks > 0; ranks -= kRanks, ++state, ++done) {
+    for (int ranks = params.r; ranks > 0; ranks -= kRanks) {
       pipeline.consumer_wait(state, pipeline.consumer_try_wait(state));
       const int stage = state.index();
       warpgroup_fence_operand(sums);
@@ -211,10 +611,7 @@ struct WithRank : Mainloop {
       warpgroup_arrive();
       gemm(product, left(_, _, 0, stage), right(_, _, 0, stage), sums);  // hi
       gemm(product, left(_, _, 1, stage), right(_, _, 0, stage), sums);  // lo
-      warpgroup_commit_batch();
-      warpgroup_wait<1>();
-      warpgroup_fence_operand(sums);
-      pipeline.consumer_release(done);
+      end_step();
     }
   }
 };
@@ -268,8 +665,8 @@ struct Kernel {
   using Mainloop = WithRank<typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, RowMajor, kAlignment, Element,
       LayoutW, kAlignment, float, typename Tile::Shape, typename Tile::Cluster,
-      cutlass::gemm::collective::StageCountAutoCarveout<int(
-          sizeof(typename Epilogue::SharedStorage))>,
+      cutlass::gemm::collective::StageCountAutoCarveout<
+          int(sizeof(typename Epilogue::SharedStorage)) + kShrinkBytes + 1024>,
       typename Tile::Schedule>::CollectiveOp>;
 
   using Type = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int>, Mainloop, Epilogue,
@@ -289,7 +686,8 @@ Stride RightStride(int64_t row) {
 }
 
 template <int tile, bool bf16, bool transposed>
-cudaError_t LaunchGemm(const Gemm& gemm, const GemmPlan& plan, int device, int multiprocessors,
+cudaError_t LaunchGemm(const Gemm& gemm, const GemmPlan& plan, const GemmShrink* shrink,
+                       const Shares& shares, unsigned* counters, int device, int multiprocessors,
                        cudaStream_t stream, bool programmatic_dependent) {
   using Element = std::conditional_t<bf16, cutlass::bfloat16_t, cutlass::half_t>;
   using Kernel = typename Kernel<Tile<tile>, Element, transposed>::Type;
@@ -300,14 +698,35 @@ cudaError_t LaunchGemm(const Gemm& gemm, const GemmPlan& plan, int device, int m
   const void* entry = reinterpret_cast<const void*>(cutlass::device_kernel<Kernel>);
   constexpr int kShared = Kernel::SharedStorageSize;
 
-  static std::atomic<uint64_t> prepared{0};  // a bit per device; to do it twice does no harm
-  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
-  if (!(prepared.load(std::memory_order_relaxed) & bit)) {
-    const cudaError_t error =
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {unsigned(cute::size<0>(Cluster{})),
+                                  unsigned(cute::size<1>(Cluster{})), 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.blockDim = Kernel::get_block_shape();
+  config.dynamicSmemBytes = kShared;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 1;
+
+  // How many clusters run at once, by device; to ask twice does no harm. The grid has no more.
+  constexpr int kClusterSize = cute::size(Cluster{});
+  static std::atomic<int> room[64];
+  int clusters = device < 64 ? room[device].load(std::memory_order_relaxed) : 0;
+  if (clusters == 0) {
+    cudaError_t error =
         cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+    config.gridDim =
+        dim3(cute::size<0>(Cluster{}) * (multiprocessors / kClusterSize), cute::size<1>(Cluster{}));
+    if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, entry, &config);
+    if (error == cudaSuccess && clusters == 0) error = cudaErrorLaunchOutOfResources;
     if (error != cudaSuccess) return error;
-    prepared.fetch_or(bit, std::memory_order_relaxed);
+    if (device < 64) room[device].store(clusters, std::memory_order_relaxed);
   }
+  const int blocks = std::min(multiprocessors, clusters * kClusterSize);
+  if (shares.ahead > blocks / kClusterSize) return cudaErrorCooperativeLaunchTooLarge;
 
   typename Kernel::Arguments arguments{};
   arguments.mode = cutlass::gemm::GemmUniversalMode::kGemm;
@@ -322,36 +741,38 @@ cudaError_t LaunchGemm(const Gemm& gemm, const GemmPlan& plan, int device, int m
   arguments.mainloop.h16_stride = StrideX{GemmSm90Width(gemm.r), {}, 0};
   arguments.mainloop.factor = static_cast<const Element*>(gemm.b);
   arguments.mainloop.factor_stride = RightStride<StrideW>(transposed ? gemm.r : gemm.n);
+  if (shrink != nullptr) {
+    arguments.mainloop.shrink = {shares,
+                                 int(gemm.m),
+                                 static_cast<const Element*>(shrink->a),
+                                 RightStride<StrideW>(transposed ? gemm.k : gemm.r),
+                                 shrink->scaling,
+                                 shrink->h16_scaling,
+                                 shrink->h,
+                                 static_cast<Element*>(shrink->h16),
+                                 shrink->scratch,
+                                 counters};
+  }
   arguments.epilogue.thread = {{static_cast<const Element*>(gemm.bias)}, {}, {}};
   arguments.epilogue.ptr_D = static_cast<Element*>(gemm.y);
   arguments.epilogue.dD = {gemm.n, {}, 0};
   arguments.hw_info.device_id = device;
-  arguments.hw_info.sm_count = multiprocessors;
+  arguments.hw_info.sm_count = blocks;
   arguments.scheduler.max_swizzle_size = plan.swizzle;
   using Order = std::decay_t<decltype(arguments.scheduler.raster_order)>;
   arguments.scheduler.raster_order = plan.along_n ? Order::AlongN : Order::AlongM;
 
   typename Kernel::Params params = Kernel::to_underlying_arguments(arguments, nullptr);
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {unsigned(cute::size<0>(Cluster{})),
-                                  unsigned(cute::size<1>(Cluster{})), 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
   config.gridDim = Kernel::get_grid_shape(params);
-  config.blockDim = Kernel::get_block_shape();
-  config.dynamicSmemBytes = kShared;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = programmatic_dependent && gemm.r > 0 ? 2 : 1;
+  if (programmatic_dependent && gemm.r > 0) ++config.numAttrs;
   void* pointers[] = {&params};
   return cudaLaunchKernelExC(&config, entry, pointers);
 }
 
 #define PART JAX_FUSED_LORA_GEMM_PART
 template cudaError_t LaunchGemm<PART / 4, PART / 2 % 2 == 0, PART % 2 == 1>(
-    const Gemm& gemm, const GemmPlan& plan, int device, int multiprocessors, cudaStream_t stream,
+    const Gemm& gemm, const GemmPlan& plan, const GemmShrink* shrink, const Shares& shares,
+    unsigned* counters, int device, int multiprocessors, cudaStream_t stream,
     bool programmatic_dependent);
 #undef PART
 
@@ -359,7 +780,6 @@ template cudaError_t LaunchGemm<PART / 4, PART / 2 % 2 == 0, PART % 2 == 1>(
 
 #else  // The functions of the header.
 
-#include <algorithm>
 #include <limits>
 
 namespace jax_fused_lora {
@@ -367,7 +787,8 @@ namespace {
 
 constexpr int kTiles = 3;
 
-using Launcher = cudaError_t (*)(const Gemm&, const GemmPlan&, int, int, cudaStream_t, bool);
+using Launcher = cudaError_t (*)(const Gemm&, const GemmPlan&, const GemmShrink*, const Shares&,
+                                 unsigned*, int, int, cudaStream_t, bool);
 
 // By tile, bf16 and transposed.
 constexpr Launcher kLaunchers[kTiles][2][2] = {
@@ -378,6 +799,9 @@ constexpr Launcher kLaunchers[kTiles][2][2] = {
     {{LaunchGemm<2, false, false>, LaunchGemm<2, false, true>},
      {LaunchGemm<2, true, false>, LaunchGemm<2, true, true>}},
 };
+
+constexpr int kTileRows[kTiles] = {128, 256, 128}, kTileColumns[kTiles] = {256, 128, 128};
+constexpr bool kClusterAlongN[kTiles] = {false, true, false};  // the two blocks of a cluster
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -391,7 +815,55 @@ cudaError_t Multiprocessors(int device, int* count) {
   return error;
 }
 
+// Tiles of k in a share: shares of fewer than 4 would be many, and are read again to be added.
+constexpr int kShareLength = 4;
+// Steps of a product of which a share may be part: more than there are stages, see WithRank.
+constexpr int kLeastSteps = 24;
+
+// How the shares lie, `length` 0 where h has to come from elsewhere.
+Shares ShrinkPlan(const Gemm& gemm, const GemmShrink& shrink, const GemmPlan& plan,
+                  int multiprocessors) {
+  Shares shares;
+  const int64_t k_tiles = CeilDiv(gemm.k, kTileK), ranks = ShrinkRanks(gemm.r);
+  const int64_t columns = CeilDiv(gemm.n, kTileColumns[plan.tile]);
+  const int64_t length = std::max<int64_t>(kShareLength, CeilDiv(k_tiles, columns));
+  const int64_t count = CeilDiv(k_tiles, length);
+  // In clusters, of which the GPU has room for half its multiprocessors at once: tiles from one
+  // of some rows to the last of them that has a share.
+  const int64_t cluster_columns = kClusterAlongN[plan.tile] ? 2 : 1,
+                cluster_rows = kClusterAlongN[plan.tile] ? 1 : 2;
+  const int64_t across = CeilDiv(columns, cluster_columns);
+  const int64_t down = CeilDiv(CeilDiv(gemm.m, kTileRows[plan.tile]), cluster_rows);
+  const int64_t ahead = plan.along_n ? CeilDiv(count, cluster_columns) : across * down;
+  const bool waits_end = plan.swizzle == 1 && ahead <= multiprocessors / 2;
+  const auto aligned = [](const void* pointer) {
+    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+  };
+  if (gemm.r > 0 && gemm.r <= ranks && length * ranks * kTileK * 2 <= kShrinkBytes &&
+      k_tiles >= kLeastSteps && waits_end && (gemm.transposed || gemm.r % 8 == 0) &&
+      aligned(shrink.a)) {
+    shares.length = static_cast<int>(length);
+    shares.count = static_cast<int>(count);
+    shares.ahead = static_cast<int>(ahead);
+  }
+  return shares;
+}
+
+// Rows of whole tiles, of any plan and with those that a cluster adds.
+constexpr int64_t kLeastTileRows = 128;
+int64_t MostRows(int64_t m) { return CeilDiv(m, 256) * 256; }
+
+__global__ void ClearKernel(unsigned* counters, int64_t count) {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) counters[i] = 0;
+}
+
 }  // namespace
+
+int64_t GemmSm90ShrinkScratch(int64_t m, int64_t k, int64_t r) {
+  return MostRows(m) * CeilDiv(CeilDiv(k, kTileK), kShareLength) * ShrinkRanks(r) +
+         MostRows(m) / kLeastTileRows * kCounters;
+}
 
 bool GemmSm90RunsOn(int major, int minor) { return major == 9 && minor == 0; }
 
@@ -424,7 +896,7 @@ GemmPlan GemmSm90Plan(const Gemm& gemm, int multiprocessors) {
   } else if (wide != tall) {
     plan.tile = wide < tall ? 0 : 1;
   } else {
-    plan.tile = gemm.m > 4096 ? 0 : 1;
+    plan.tile = 1;
   }
   const int64_t rows = plan.tile == 1 ? 256 : 128, columns = plan.tile == 0 ? 256 : 128;
   plan.along_n = CeilDiv(gemm.n, columns) <= CeilDiv(gemm.m, rows);
@@ -432,23 +904,75 @@ GemmPlan GemmSm90Plan(const Gemm& gemm, int multiprocessors) {
   return plan;
 }
 
+namespace {
+
+// GemmSm90Plan's, but that blocks which share rows run at once.
+GemmPlan PlanOfShrink(const Gemm& gemm, int multiprocessors) {
+  GemmPlan plan = GemmSm90Plan(gemm, multiprocessors);
+  const int64_t tiles =
+      CeilDiv(gemm.m, kTileRows[plan.tile]) * CeilDiv(gemm.n, kTileColumns[plan.tile]);
+  if (tiles > multiprocessors) plan.along_n = true;
+  return plan;
+}
+
+cudaError_t ThisDevice(int* device, int* multiprocessors) {
+  const cudaError_t error = cudaGetDevice(device);
+  return error == cudaSuccess ? Multiprocessors(*device, multiprocessors) : error;
+}
+
+}  // namespace
+
+bool GemmSm90Shrinks(const Gemm& gemm, const GemmShrink& shrink, const GemmPlan& plan,
+                     int multiprocessors) {
+  return GemmSm90Serves(gemm) && ShrinkPlan(gemm, shrink, plan, multiprocessors).length > 0;
+}
+
+bool GemmSm90Shrinks(const Gemm& gemm, const GemmShrink& shrink) {
+  int device, multiprocessors;
+  return ThisDevice(&device, &multiprocessors) == cudaSuccess &&
+         GemmSm90Shrinks(gemm, shrink, PlanOfShrink(gemm, multiprocessors), multiprocessors);
+}
+
 cudaError_t GemmSm90(const Gemm& gemm, const GemmPlan& plan, cudaStream_t stream,
                      bool programmatic_dependent) {
   if (!GemmSm90Serves(gemm) || plan.tile < 0 || plan.tile >= kTiles) return cudaErrorInvalidValue;
   int device, multiprocessors;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = Multiprocessors(device, &multiprocessors);
+  const cudaError_t error = ThisDevice(&device, &multiprocessors);
   if (error != cudaSuccess) return error;
-  return kLaunchers[plan.tile][gemm.bf16][gemm.transposed](gemm, plan, device, multiprocessors,
-                                                           stream, programmatic_dependent);
+  return kLaunchers[plan.tile][gemm.bf16][gemm.transposed](
+      gemm, plan, nullptr, {}, nullptr, device, multiprocessors, stream, programmatic_dependent);
 }
 
 cudaError_t GemmSm90(const Gemm& gemm, cudaStream_t stream, bool programmatic_dependent) {
   int device, multiprocessors;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = Multiprocessors(device, &multiprocessors);
+  const cudaError_t error = ThisDevice(&device, &multiprocessors);
   if (error != cudaSuccess) return error;
   return GemmSm90(gemm, GemmSm90Plan(gemm, multiprocessors), stream, programmatic_dependent);
+}
+
+cudaError_t GemmSm90(const Gemm& gemm, const GemmShrink& shrink, const GemmPlan& plan,
+                     cudaStream_t stream) {
+  if (!GemmSm90Serves(gemm) || plan.tile < 0 || plan.tile >= kTiles) return cudaErrorInvalidValue;
+  int device, multiprocessors;
+  const cudaError_t error = ThisDevice(&device, &multiprocessors);
+  if (error != cudaSuccess) return error;
+  const Shares shares = ShrinkPlan(gemm, shrink, plan, multiprocessors);
+  if (shares.length == 0) return cudaErrorInvalidValue;
+  auto* const counters = reinterpret_cast<unsigned*>(
+      shrink.scratch + MostRows(gemm.m) * shares.count * ShrinkRanks(gemm.r));
+  ClearKernel<<<1, 256, 0, stream>>>(counters, MostRows(gemm.m) / kLeastTileRows * kCounters);
+  const cudaError_t cleared = cudaGetLastError();
+  if (cleared != cudaSuccess) return cleared;
+  return kLaunchers[plan.tile][gemm.bf16][gemm.transposed](gemm, plan, &shrink, shares, counters,
+                                                           device, multiprocessors, stream,
+                                                           /*programmatic_dependent=*/true);
+}
+
+cudaError_t GemmSm90(const Gemm& gemm, const GemmShrink& shrink, cudaStream_t stream) {
+  int device, multiprocessors;
+  const cudaError_t error = ThisDevice(&device, &multiprocessors);
+  if (error != cudaSuccess) return error;
+  return GemmSm90(gemm, shrink, PlanOfShrink(gemm, multiprocessors), stream);
 }
 
 }  // namespace jax_fused_lora

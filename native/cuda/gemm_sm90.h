@@ -4,7 +4,8 @@
 //   y = x·W (+ bias) + sh·B        x (m, k)   W (k, n)   B (r, n)   y (m, n)
 //
 // or, transposed, with W given as (n, k) and B as (n, r): dx = g·Wᵀ + t·Aᵀ reads W and A as they
-// lie. All row-major. Sums are float32; y is rounded once.
+// lie. All row-major. Sums are float32; y is rounded once. What sh comes from, x·A or g·Bᵀ, the
+// same kernel can compute on the way (GemmShrink).
 //
 // sh, the scaled h or t, is float32 everywhere else. Rounded to 16 bits it would miss the project's
 // accuracy rule, so it comes as the sum of two 16-bit numbers, in the matrix `h16`:
@@ -41,6 +42,18 @@ struct Gemm {
 // Columns of h16. Rank i has its hi in column i / 16 * 32 + i % 16 and its lo 16 further.
 constexpr int64_t GemmSm90Width(int64_t r) { return (r + 15) / 16 * 32; }
 
+// h = scaling · x·A, and h16 from h16_scaling · h, computed beside x·W: no kernel before has to
+// read x for them.
+struct GemmShrink {
+  const void* a;  // (k, r), or for a transposed product B as (r, k); of x's type
+  float scaling, h16_scaling;
+  float* h;        // (m, r)
+  void* h16;       // as above, Gemm's
+  float* scratch;  // GemmSm90ShrinkScratch floats, aligned to 16 bytes
+};
+
+int64_t GemmSm90ShrinkScratch(int64_t m, int64_t k, int64_t r);
+
 // Which kernel, and in which order its blocks take the tiles of y.
 struct GemmPlan {
   int tile;      // 0: 128×256, 1: 256×128, 2: 128×128, ping-pong
@@ -58,12 +71,23 @@ bool GemmSm90Serves(const Gemm& gemm);
 // The measured choice, on a device of this many multiprocessors.
 GemmPlan GemmSm90Plan(const Gemm& gemm, int multiprocessors);
 
+// Whether the product computes h for this shape: few ranks, depth enough, an order of the tiles in
+// which no block waits for ever.
+bool GemmSm90Shrinks(const Gemm& gemm, const GemmShrink& shrink, const GemmPlan& plan,
+                     int multiprocessors);
+bool GemmSm90Shrinks(const Gemm& gemm, const GemmShrink& shrink);
+
 // Launches on the current device; needs no workspace, allocates nothing and waits for nothing.
 // `programmatic_dependent` says that the kernel launched just before writes h16 and may still run
 // when this one starts; that kernel must not be launched so itself (see gemm_sm90.cu).
 cudaError_t GemmSm90(const Gemm& gemm, cudaStream_t stream, bool programmatic_dependent);
 cudaError_t GemmSm90(const Gemm& gemm, const GemmPlan& plan, cudaStream_t stream,
                      bool programmatic_dependent);
+
+// The same with h computed inside, where GemmSm90Shrinks.
+cudaError_t GemmSm90(const Gemm& gemm, const GemmShrink& shrink, cudaStream_t stream);
+cudaError_t GemmSm90(const Gemm& gemm, const GemmShrink& shrink, const GemmPlan& plan,
+                     cudaStream_t stream);
 
 }  // namespace jax_fused_lora
 

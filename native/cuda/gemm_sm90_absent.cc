@@ -13,4 +13,12 @@ cudaError_t GemmSm90(const Gemm& /*gemm*/, cudaStream_t /*stream*/,
   return cudaErrorNotSupported;
 }
 
+int64_t GemmSm90ShrinkScratch(int64_t /*m*/, int64_t /*k*/, int64_t /*r*/) { return 0; }
+
+bool GemmSm90Shrinks(const Gemm& /*gemm*/, const GemmShrink& /*shrink*/) { return false; }
+
+cudaError_t GemmSm90(const Gemm& /*gemm*/, const GemmShrink& /*shrink*/, cudaStream_t /*stream*/) {
+  return cudaErrorNotSupported;
+}
+
 }  // namespace jax_fused_lora

@@ -152,6 +152,34 @@ __global__ void TruthKernel(const T* x, const T* w, const float* h, const T* b, 
   bound[row * n + column] = size;
 }
 
+// h = scaling · x·A in float64, and what its terms add up to.
+template <class T>
+__global__ void ShrinkTruthKernel(const T* x, const T* a, int64_t m, int64_t k, int64_t r,
+                                  double scaling, double* truth, double* bound) {
+  const int64_t rank = threadIdx.x, row = blockIdx.x;
+  if (rank >= r) return;
+  double sum = 0, size = 0;
+  for (int64_t i = 0; i < k; ++i) {
+    const double product = scaling * Wide(x[row * k + i]) * Wide(a[i * r + rank]);
+    sum += product;
+    size += fabs(product);
+  }
+  truth[row * r + rank] = sum;
+  bound[row * r + rank] = size;
+}
+
+// Adds scaling · h·B to the truth of y, which has x·W.
+template <class T>
+__global__ void ExpandTruthKernel(const double* h, const double* h_bound, const T* b, int64_t n,
+                                  int64_t r, double scaling, double* truth, double* bound) {
+  const int64_t column = blockIdx.x * int64_t{blockDim.x} + threadIdx.x, row = blockIdx.y;
+  if (column >= n) return;
+  for (int64_t i = 0; i < r; ++i) {
+    truth[row * n + column] += scaling * h[row * r + i] * Wide(b[i * n + column]);
+    bound[row * n + column] += fabs(scaling * h_bound[row * r + i] * Wide(b[i * n + column]));
+  }
+}
+
 struct Verdict {
   unsigned wrong, worst;  // entries; the bits of a float, error over what is allowed
 };
@@ -170,7 +198,101 @@ __global__ void JudgeKernel(const T* y, const T* bias, const double* truth, cons
   }
 }
 
-int failed = 0, passed = 0;
+int failed = 0, passed = 0, shrunk = 0;
+
+// h inside the product: y and h, twice over, since the order in which blocks come differs.
+template <class T>
+void TestShrink(int64_t m, int64_t k, int64_t n, int64_t r, cudaStream_t stream) {
+  constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
+  constexpr float kScaling = .25f, kH16Scaling = 4.f;
+  if (r == 0) return;
+  Buffer x(m * k * 2), w(k * n * 2), wt(k * n * 2), a(k * r * 2), at(k * r * 2), b(r * n * 2),
+      bt(r * n * 2);
+  Buffer h(m * r * 4), h16(m * GemmSm90Width(r) * 2), y(m * n * 2);
+  Buffer scratch(GemmSm90ShrinkScratch(m, k, r) * 4);
+  Buffer h_truth(m * r * 8), h_bound(m * r * 8), truth(m * n * 8), bound(m * n * 8);
+  Buffer verdict(sizeof(Verdict));
+  Fill<T>(x, m * k, 1, 1);
+  Fill<T>(w, k * n, 2, 1);
+  Fill<T>(a, k * r, 3, 1);
+  Fill<T>(b, r * n, 4, 1);
+  TransposeKernel<<<1024, 256>>>(w.get<T>(), k, n, wt.get<T>());
+  TransposeKernel<<<1024, 256>>>(a.get<T>(), k, r, at.get<T>());
+  TransposeKernel<<<1024, 256>>>(b.get<T>(), r, n, bt.get<T>());
+  const dim3 columns((n + 127) / 128, m);
+  TruthKernel<<<columns, 128>>>(x.get<T>(), w.get<T>(), h.get<float>(), b.get<T>(), m, k, n, 0,
+                                truth.get<double>(), bound.get<double>());
+  ShrinkTruthKernel<<<m, 256>>>(x.get<T>(), a.get<T>(), m, k, r, kScaling, h_truth.get<double>(),
+                                h_bound.get<double>());
+  ExpandTruthKernel<<<columns, 128>>>(h_truth.get<double>(), h_bound.get<double>(), b.get<T>(), n,
+                                      r, kH16Scaling, truth.get<double>(), bound.get<double>());
+  CHECK(cudaGetLastError());
+  CHECK(cudaDeviceSynchronize());
+  int multiprocessors;
+  CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
+
+  for (bool transposed : {false, true}) {
+    Gemm gemm = {kBf16,
+                 transposed,
+                 m,
+                 k,
+                 n,
+                 r,
+                 x.get(),
+                 transposed ? wt.get() : w.get(),
+                 nullptr,
+                 h16.get(),
+                 transposed ? bt.get() : b.get(),
+                 y.get()};
+    const GemmShrink shrink = {transposed ? at.get() : a.get(),
+                               kScaling,
+                               kH16Scaling,
+                               h.get<float>(),
+                               h16.get(),
+                               scratch.get<float>()};
+    std::vector<GemmPlan> plans = {GemmSm90Plan(gemm, multiprocessors)};
+    for (int tile = 0; tile < 3; ++tile) {
+      for (bool along_n : {false, true}) plans.push_back({tile, 1, along_n});
+    }
+    for (const GemmPlan& plan : plans) {
+      if (!GemmSm90Shrinks(gemm, shrink, plan, multiprocessors)) continue;
+      std::vector<char> first;
+      for (int turn = 0; turn < 2; ++turn) {
+        for (const Buffer* buffer : {&y, &h, &h16, &scratch}) buffer->Poison();
+        CHECK(cudaDeviceSynchronize());
+        CHECK(GemmSm90(gemm, shrink, plan, stream));
+        CHECK(cudaDeviceSynchronize());
+        CHECK(cudaMemset(verdict.get(), 0, sizeof(Verdict)));
+        JudgeKernel<T><<<1024, 256>>>(y.get<T>(), nullptr, truth.get<double>(), bound.get<double>(),
+                                      m, n, kBf16 ? 0x1p-8 : 0x1p-11, kBf16 ? 0x1p-126 : 0x1p-24,
+                                      verdict.get<Verdict>());
+        JudgeKernel<float><<<1024, 256>>>(h.get<float>(), nullptr, h_truth.get<double>(),
+                                          h_bound.get<double>(), m, r, 0x1p-24, 0,
+                                          verdict.get<Verdict>());
+        CHECK(cudaGetLastError());
+        Verdict result;
+        CHECK(cudaMemcpy(&result, verdict.get(), sizeof result, cudaMemcpyDefault));
+        std::vector<char> now(m * n * 2 + m * r * 4);
+        CHECK(cudaMemcpy(now.data(), y.get(), m * n * 2, cudaMemcpyDefault));
+        CHECK(cudaMemcpy(now.data() + m * n * 2, h.get(), m * r * 4, cudaMemcpyDefault));
+        if (turn == 0) first = now;
+        const bool whole = y.Whole() && h.Whole() && h16.Whole() && scratch.Whole();
+        const bool ok = result.wrong == 0 && whole && now == first;
+        ok ? ++passed : ++failed;
+        ++shrunk;
+        if (!ok) {
+          std::printf(
+              "FAILED %s %lld x %lld -> %lld rank %lld tile %d %s %s h inside: %u entries "
+              "off%s%s\n",
+              kBf16 ? "bf16" : "f16", (long long)m, (long long)k, (long long)n, (long long)r,
+              plan.tile, plan.along_n ? "along n" : "along m",
+              transposed ? "transposed" : "straight", result.wrong, whole ? "" : ", wrote outside",
+              now == first ? "" : ", not the same again");
+        }
+      }
+    }
+  }
+}
 
 template <class T>
 void TestShape(int64_t m, int64_t k, int64_t n, int64_t r, cudaStream_t stream) {
@@ -400,6 +522,30 @@ void Time(int64_t m, int64_t width, int64_t r, bool transposed, cudaStream_t str
   CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
   const Gemm shape = {kBf16, transposed, m, width, width, r};
   const GemmPlan plan = GemmSm90Plan(shape, multiprocessors);
+  // With h inside, too: A, the scratch memory and what comes out.
+  Buffer a(kLayers * width * r * 2), h_out(m * r * 4), h16_out(m * GemmSm90Width(r) * 2);
+  Buffer scratch(GemmSm90ShrinkScratch(m, width, r) * 4);
+  Fill<T>(a, kLayers * width * r, 5, scale);
+  CHECK(cudaDeviceSynchronize());
+  const auto inside = [&](const GemmPlan& plan) {
+    return [&, plan](Gemm gemm) {
+      const int64_t layer = (static_cast<const T*>(gemm.w) - w.get<T>()) / (width * width);
+      gemm.h16 = h16_out.get();
+      const GemmShrink shrink = {a.get<T>() + layer * width * r,
+                                 1,
+                                 1,
+                                 h_out.get<float>(),
+                                 h16_out.get(),
+                                 scratch.get<float>()};
+      CHECK(GemmSm90(gemm, shrink, plan, stream));
+    };
+  };
+  const auto shrinks = [&](const GemmPlan& plan) {
+    return GemmSm90Shrinks({kBf16, transposed, m, width, width, r, x.get(), w.get(), nullptr,
+                            h16.get(), b.get(), y.get()},
+                           {a.get(), 1, 1, nullptr, nullptr, scratch.get<float>()}, plan,
+                           multiprocessors);
+  };
   const auto ours = [&](const GemmPlan& plan) {
     return [&stream, plan](const Gemm& gemm) { CHECK(GemmSm90(gemm, plan, stream, false)); };
   };
@@ -426,6 +572,29 @@ void Time(int64_t m, int64_t width, int64_t r, bool transposed, cudaStream_t str
     std::printf("%s %s %.1f", i ? "," : "", Describe(plans[order[i]]).c_str(), sweep[order[i]]);
   }
   std::printf("\n");
+
+  {
+    std::vector<GemmPlan> inside_plans;
+    std::vector<Graph*> inside_graphs;
+    for (const GemmPlan& each : plans) {
+      if (!shrinks(each)) continue;
+      inside_plans.push_back(each);
+      inside_graphs.push_back(chain(inside(each), true));
+    }
+    if (cublas.gemm) inside_graphs.push_back(chain(std::cref(cublas), false));
+    const std::vector<double> times = Interleave(inside_graphs, kRuns, kLayers);
+    for (Graph* graph : inside_graphs) delete graph;
+    char line[200];
+    std::string text;
+    for (size_t i = 0; i < inside_plans.size(); ++i) {
+      std::snprintf(line, sizeof line, " %s %.1f (%.3f)", Describe(inside_plans[i]).c_str(),
+                    times[i], cublas.gemm ? times[i] / times.back() : NAN);
+      text += line;
+    }
+    std::snprintf(line, sizeof line, "h inside, %lld rows, %lld, rank %lld%s:", (long long)m,
+                  (long long)width, (long long)r, transposed ? ", transposed" : "");
+    table.push_back(line + text);
+  }
 
   const GemmPlan best = plans[order[0]];
   std::vector<Graph*> sides = {chain(ours(plan), true), chain(ours(plan), false),
@@ -511,10 +680,24 @@ int Main(int argc, char** argv) {
       {300, 320, 264, 33},   {130, 448, 776, 40},   {384, 256, 256, 48},    {128, 256, 512, 0},
       {700, 264, 1544, 256}, {512, 4096, 4096, 16}, {1000, 4096, 1024, 64}, {2048, 4096, 4096, 200},
   };
+  // Shares of A: whole, cut off by k, of more tiles where n is small; rows and columns that no tile
+  // divides, more tiles than blocks.
+  constexpr int64_t kShrinkShapes[][4] = {
+      {1, 1536, 4096, 8},    {129, 1544, 1672, 16}, {300, 2048, 1024, 24},  {515, 4104, 2056, 32},
+      {640, 5000, 1288, 16}, {1000, 4096, 3000, 1}, {4099, 2000, 4096, 16}, {3000, 2048, 8192, 8},
+  };
   for (const auto& [m, k, n, r] : kShapes) {
     TestShape<__nv_bfloat16>(m, k, n, r, stream);
     TestShape<__half>(m, k, n, r, stream);
+    TestShrink<__nv_bfloat16>(m, k, n, r, stream);
+    TestShrink<__half>(m, k, n, r, stream);
   }
+  for (const auto& [m, k, n, r] : kShrinkShapes) {
+    TestShrink<__nv_bfloat16>(m, k, n, r, stream);
+    TestShrink<__half>(m, k, n, r, stream);
+  }
+  std::printf("%d of them with h inside\n", shrunk);
+  if (shrunk == 0) ++failed;
   std::printf("%d results right, %d wrong\n", passed, failed);
   if (only_values) return failed != 0;
 
@@ -522,7 +705,7 @@ int Main(int argc, char** argv) {
   Buffer workspace(kWorkspace);
   const Cublas cublas(stream, workspace, kWorkspace);
   for (int64_t m : {512, 2048, 8192}) {
-    for (int64_t r : {16, 64}) Time<__nv_bfloat16>(m, 4096, r, false, stream, cublas);
+    for (int64_t r : {16, 32, 64}) Time<__nv_bfloat16>(m, 4096, r, false, stream, cublas);
   }
   Time<__nv_bfloat16>(8192, 8192, 16, false, stream, cublas);
   for (int64_t m : {512, 2048, 8192}) Time<__nv_bfloat16>(m, 4096, 16, true, stream, cublas);
