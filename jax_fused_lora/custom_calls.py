@@ -217,9 +217,11 @@ def _product_slices(k: int, n: int, itemsize: int) -> int:
     """Slices of k that sum x·W of few rows separately.
 
     A slice is a megabyte of W, read from end to end (a thread that reads half of every row instead
-    looks up twice the pages: bfloat16, 1×2048→2048, 1.3 times the time).
+    looks up twice the pages: bfloat16, 1×2048→2048, 1.3 times the time). But every core has one
+    from 128 KiB on: float32, 1×512→512 on Zen 4, 104 → 57 µs.
     """
-    return max(1, min(k * n * itemsize >> 20, 16, k // 64))
+    size = k * n * itemsize
+    return max(1, min(max(size >> 20, min(size >> 17, os.cpu_count() or 1)), 16, k // 64))
 
 
 def _row_slices(m: int) -> int:

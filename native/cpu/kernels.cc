@@ -325,7 +325,10 @@ template <class T>
 void StreamRows(size_t m, size_t k, Rows<const float> x, Rows<const T> w, size_t columns, bool add,
                 Rows<float> out) {
   const auto stream = [&](auto rows) HWY_ATTR {
-    Stream<decltype(rows)::value, T>(k, x, w, columns, add, out);
+    if constexpr (kAnnounce) {
+      if (Announces()) return Stream<decltype(rows)::value, true, T>(k, x, w, columns, add, out);
+    }
+    Stream<decltype(rows)::value, false, T>(k, x, w, columns, add, out);
   };
   if (m == 1) stream(std::integral_constant<size_t, 1>());
   if (m == 2) stream(std::integral_constant<size_t, 2>());

@@ -54,16 +54,23 @@ HWY_INLINE Float* InPanel(Panels<Float> panels, size_t j) {
   return panels.data + j / kPanel * panels.panel + j % kPanel;
 }
 
-// How a W is read that comes from memory. The servers with AVX-512 and the Arm cores gain from long
-// strides announced a step ahead (bfloat16, 1×2048→2048: 480 → 310 µs); Zen 3's own
-// prefetchers do better alone, over few rows at a time (float32, 1×2048→2048: 1.12 → 0.77 of XLA).
+// How a W is read that comes from memory: so many of its rows at a time, long strides announced a
+// step ahead or left to the CPU. Intel's servers with AVX-512 and the Arm cores gain from the first
+// (bfloat16, 1×2048→2048: 480 → 310 µs), AMD's own prefetchers do better alone, over few rows
+// (float32, 1×2048→2048: Zen 3 1.12 → 0.77 of XLA, Zen 4 1.0 → 0.79).
+constexpr size_t kManyStreams = 16, kFewStreams = 4;
 #if HWY_ARCH_X86 && HWY_TARGET > HWY_AVX3
-constexpr size_t kStreamSteps = 4;
 constexpr bool kAnnounce = false;
 #else
-constexpr size_t kStreamSteps = 16;
 constexpr bool kAnnounce = true;
 #endif
+inline bool Announces() {
+#if HWY_ARCH_X86 && (HWY_COMPILER_GCC || HWY_COMPILER_CLANG)
+  return kAnnounce && !__builtin_cpu_is("amd");
+#else
+  return kAnnounce;
+#endif
+}
 
 // A float32 operand read element by element.
 struct Scalars {
@@ -203,7 +210,7 @@ HWY_INLINE void Nn(size_t m, size_t n, size_t k, Scalars a, Panels<const TB> b, 
   if (j < n) panel(std::integral_constant<size_t, 1>(), std::true_type());
 }
 
-template <size_t kRows, size_t kSteps, size_t kVecs, bool kTail, class T>
+template <size_t kRows, bool kAsk, size_t kSteps, size_t kVecs, bool kTail, class T>
 HWY_INLINE void StreamTile(Rows<const float> x, Rows<const T> w, bool add, Rows<float> out,
                            size_t columns) {
   const DF d;
@@ -221,7 +228,7 @@ HWY_INLINE void StreamTile(Rows<const float> x, Rows<const T> w, bool add, Rows<
     JAX_FUSED_LORA_UNROLL
     for (size_t j = 0; j < kVecs; ++j) {
       const T* from = w.data + p * w.row + j * kLanes;
-      if (kAnnounce && j * kLanes * sizeof(T) % 64 == 0) {
+      if (kAsk && j * kLanes * sizeof(T) % 64 == 0) {
         PrefetchAhead(from, kSteps * w.row * sizeof(T));
       }
       const VF wv = kTail ? LoadFloatN(from, columns) : LoadFloat(from);
@@ -248,15 +255,15 @@ HWY_INLINE void StreamTile(Rows<const float> x, Rows<const T> w, bool add, Rows<
 // out (kRows, columns) = x (kRows, k) · w (k, columns), added to what is there if `add`. A few rows
 // of w at a time over the whole width, each read once: memory sees long contiguous reads, and the
 // sums stay in the first cache.
-template <size_t kRows, class T>
+template <size_t kRows, bool kAsk, class T>
 HWY_INLINE void Stream(size_t k, Rows<const float> x, Rows<const T> w, size_t columns, bool add,
                        Rows<float> out) {
-  constexpr size_t kVecs = kRows <= 2 ? 4 : kNnVecs;
+  constexpr size_t kVecs = kRows <= 2 ? 4 : kNnVecs, kStreams = kAsk ? kManyStreams : kFewStreams;
   const auto sweep = [&](auto steps) HWY_ATTR {
     constexpr size_t kSteps = decltype(steps)::value;
     size_t j = 0;
     const auto tile = [&](auto vecs, auto tail) HWY_ATTR {
-      StreamTile<kRows, kSteps, decltype(vecs)::value, decltype(tail)::value, T>(
+      StreamTile<kRows, kAsk, kSteps, decltype(vecs)::value, decltype(tail)::value, T>(
           x, {w.data + j, w.row}, add, {out.data + j, out.row}, columns - j);
       j += decltype(vecs)::value * kLanes;
     };
@@ -270,7 +277,7 @@ HWY_INLINE void Stream(size_t k, Rows<const float> x, Rows<const T> w, size_t co
     add = true;
     k -= kSteps;
   };
-  while (k >= kStreamSteps) sweep(std::integral_constant<size_t, kStreamSteps>());
+  while (k >= kStreams) sweep(std::integral_constant<size_t, kStreams>());
   while (k > 0) sweep(std::integral_constant<size_t, 1>());
 }
 
