@@ -51,7 +51,8 @@ def test_ranks(implementation, rank, rows, kernel, dtype):
 
 
 # Rows, in, out, rank: powers of two, sizes that divide nothing, 0 and 1, both sides of every
-# limit where another kernel takes over (4 rows, 64 rows, depth 512, panels of 64). Products of more
+# limit where another kernel takes over (4 rows, 64 rows, depth 512, panels of 64), few rows that two
+# threads share. Products of more
 # than one block are test_batch_axis's.
 SHAPES = [
     (1, 1, 1, 1),
@@ -66,6 +67,7 @@ SHAPES = [
     (4, 513, 65, 7),
     (5, 513, 65, 7),
     (64, 100, 130, 12),
+    (17, 700, 500, 70),
     (65, 512, 64, 256),
     (100, 1025, 67, 5),
     (257, 129, 190, 20),
