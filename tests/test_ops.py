@@ -51,9 +51,8 @@ def test_ranks(implementation, rank, rows, kernel, dtype):
 
 
 # Rows, in, out, rank: powers of two, sizes that divide nothing, 0 and 1, both sides of every
-# limit where another kernel takes over (4 rows, 64 rows, depth 512, panels of 64), few rows that two
-# threads share. Products of more
-# than one block are test_batch_axis's.
+# limit where another kernel takes over (4 rows, 64 rows, depth 512, panels of 64), few rows that
+# two threads share. Products of more than one block are test_batch_axis's.
 SHAPES = [
     (1, 1, 1, 1),
     (0, 5, 7, 3),
