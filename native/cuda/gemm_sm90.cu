@@ -41,9 +41,9 @@
 //
 // No block waits for ever. Blocks take tiles in the order of their number, all blocks of the
 // grid run at once (it is no larger than what the GPU holds), and a tile waits for the shares of
-// tiles that are fewer numbers ahead than there are blocks. So of all tiles that wait, take the one
-// with the lowest number: a share that it lacks belongs to a tile whose block has only tiles before
-// it that are lower than the one that waits; those are done. (ShrinkPlan.)
+// tiles that are fewer numbers ahead than there are blocks (ShrinkPlan). So of all tiles that wait,
+// take the one with the lowest number: the tiles before one whose share it lacks, in the same block,
+// have still lower numbers, so they are done, and that share is under way.
 //
 // This file is compiled 13 times, a CUTLASS kernel being slow to compile: with
 // JAX_FUSED_LORA_GEMM_PART from 0 to 11 for one kernel each, and without for the functions of the
@@ -65,8 +65,10 @@ struct Shares {
 
 constexpr int kTileK = 64;
 constexpr int kShrinkBytes = 16 << 10;  // of a share of A in shared memory
-// Ranks that x is multiplied by at a time.
-constexpr int ShrinkRanks(int64_t r) { return r <= 16 ? 16 : 32; }
+// Ranks that x is multiplied by at a time. More would want more of A in shared memory and, once for
+// each share, sums in device memory.
+constexpr int kMostRanks = 32;
+constexpr int ShrinkRanks(int64_t r) { return r <= 16 ? 16 : kMostRanks; }
 
 // Of a tile of rows: how many shares are there, and how many parts of h are finished.
 constexpr int kCounters = 2;
@@ -861,6 +863,7 @@ __global__ void ClearKernel(unsigned* counters, int64_t count) {
 }  // namespace
 
 int64_t GemmSm90ShrinkScratch(int64_t m, int64_t k, int64_t r) {
+  if (r > kMostRanks) return 0;
   return MostRows(m) * CeilDiv(CeilDiv(k, kTileK), kShareLength) * ShrinkRanks(r) +
          MostRows(m) / kLeastTileRows * kCounters;
 }

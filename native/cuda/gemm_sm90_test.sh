@@ -18,7 +18,8 @@ flags=(-std=c++17 -O3 -DNDEBUG --expt-relaxed-constexpr -gencode=arch=compute_90
 compile() {  # object, source, flags
   local object=$1 source=$2
   shift 2
-  [[ $object -nt $source && $object -nt native/cuda/gemm_sm90.h ]] && return
+  [[ $object -nt $source && $object -nt native/cuda/gemm_sm90.h &&
+    $object -nt native/cuda/device.cuh ]] && return
   "$nvcc" "${flags[@]}" "$@" -c "$source" -o "$object.new" && mv "$object.new" "$object"
 }
 
