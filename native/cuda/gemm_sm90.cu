@@ -42,8 +42,8 @@
 // No block waits for ever. Blocks take tiles in the order of their number, all blocks of the
 // grid run at once (it is no larger than what the GPU holds), and a tile waits for the shares of
 // tiles that are fewer numbers ahead than there are blocks (ShrinkPlan). So of all tiles that wait,
-// take the one with the lowest number: the tiles before one whose share it lacks, in the same block,
-// have still lower numbers, so they are done, and that share is under way.
+// take the one with the lowest number: the tiles before one whose share it lacks, in the same
+// block, have still lower numbers, so they are done, and that share is under way.
 //
 // This file is compiled 13 times, a CUTLASS kernel being slow to compile: with
 // JAX_FUSED_LORA_GEMM_PART from 0 to 11 for one kernel each, and without for the functions of the
