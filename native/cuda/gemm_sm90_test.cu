@@ -232,18 +232,9 @@ void TestShrink(int64_t m, int64_t k, int64_t n, int64_t r, cudaStream_t stream)
   CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
 
   for (bool transposed : {false, true}) {
-    Gemm gemm = {kBf16,
-                 transposed,
-                 m,
-                 k,
-                 n,
-                 r,
-                 x.get(),
-                 transposed ? wt.get() : w.get(),
-                 nullptr,
-                 h16.get(),
-                 transposed ? bt.get() : b.get(),
-                 y.get()};
+    const Buffer &right = transposed ? wt : w, &factor = transposed ? bt : b;
+    Gemm gemm = {kBf16,     transposed,   m,      k, n, r, x.get(), right.get(), nullptr,
+                 h16.get(), factor.get(), y.get()};
     const GemmShrink shrink = {transposed ? at.get() : a.get(),
                                kScaling,
                                kH16Scaling,
@@ -338,18 +329,9 @@ void TestShape(int64_t m, int64_t k, int64_t n, int64_t r, cudaStream_t stream) 
   };
 
   for (bool transposed : {false, true}) {
-    Gemm gemm = {kBf16,
-                 transposed,
-                 m,
-                 k,
-                 n,
-                 r,
-                 x.get(),
-                 transposed ? wt.get() : w.get(),
-                 nullptr,
-                 h16.get(),
-                 transposed ? bt.get() : b.get(),
-                 y.get()};
+    const Buffer &right = transposed ? wt : w, &factor = transposed ? bt : b;
+    Gemm gemm = {kBf16,     transposed,   m,      k, n, r, x.get(), right.get(), nullptr,
+                 h16.get(), factor.get(), y.get()};
     const char* form = transposed ? "transposed" : "straight";
     if (transposed && r % 8 != 0) {
       GemmSm90Serves(gemm) ? ++failed : ++passed;
