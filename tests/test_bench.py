@@ -1,6 +1,9 @@
 """The bench and the command line: that they measure what they say, never how fast it is."""
 
 import json
+import platform
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -64,6 +67,27 @@ def test_a_result_that_is_not_finite_is_not_timed(short_chain, monkeypatch):
     monkeypatch.setattr(jax_fused_lora, "lora_forward", lambda x, a, b, **_: x * np.nan)
     with pytest.raises(WrongResult, match="ours is not finite"):
         bench.measure(Case("lora_forward", 3, 16, 16, 4), seconds=0.0)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is the one we tell")
+def test_freed_memory_stays_with_the_process():
+    """In a process of its own: what it sets cannot be taken back."""
+    code = """if True:
+        import resource
+        import numpy as np
+        from jax_fused_lora import bench
+
+        bench.keep_freed_memory()
+        faults = []
+        for _ in range(2):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            np.ones(1 << 26, np.uint8)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        print(*faults)
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, second = (int(faults) for faults in run.stdout.split())
+    assert second < first / 10
 
 
 def test_sides_take_turns_in_every_order(monkeypatch):
