@@ -169,8 +169,8 @@ class Launcher {
     if (!ok()) return;
     const GemmShrink shrink = {a.data, shrink_scaling, expand_scaling, h, h16, scratch};
     if (a.element == element() && GemmSm90Shrinks(gemm, shrink)) {
-      Did("gemm_sm90", GemmSm90(gemm, shrink, stream_));
-      return;
+      const cudaError_t error = GemmSm90(gemm, shrink, stream_);
+      if (error != cudaErrorCooperativeLaunchTooLarge) return Did("gemm_sm90", error);
     }
     Did("shrink",
         LaunchShrink(stream_, element(), all, x, a, shrink_scaling, h, h16, expand_scaling));

@@ -712,23 +712,33 @@ cudaError_t LaunchGemm(const Gemm& gemm, const GemmPlan& plan, const GemmShrink*
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = 1;
-
-  // How many clusters run at once, by device; to ask twice does no harm. The grid has no more.
   constexpr int kClusterSize = cute::size(Cluster{});
-  static std::atomic<int> room[64];
-  int clusters = device < 64 ? room[device].load(std::memory_order_relaxed) : 0;
-  if (clusters == 0) {
-    cudaError_t error =
+
+  // By device; to do it twice does no harm.
+  static std::atomic<bool> prepared[64];
+  if (device >= 64 || !prepared[device].load(std::memory_order_relaxed)) {
+    const cudaError_t error =
         cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-    config.gridDim =
-        dim3(cute::size<0>(Cluster{}) * (multiprocessors / kClusterSize), cute::size<1>(Cluster{}));
-    if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, entry, &config);
-    if (error == cudaSuccess && clusters == 0) error = cudaErrorLaunchOutOfResources;
     if (error != cudaSuccess) return error;
-    if (device < 64) room[device].store(clusters, std::memory_order_relaxed);
+    if (device < 64) prepared[device].store(true, std::memory_order_relaxed);
   }
-  const int blocks = std::min(multiprocessors, clusters * kClusterSize);
-  if (shares.ahead > blocks / kClusterSize) return cudaErrorCooperativeLaunchTooLarge;
+  int blocks = multiprocessors;
+  if (shrink != nullptr) {
+    // Blocks wait for each other, so the grid has no more than run at once.
+    static std::atomic<int> room[64];  // clusters, by device
+    int clusters = device < 64 ? room[device].load(std::memory_order_relaxed) : 0;
+    if (clusters == 0) {
+      const auto& cluster = attributes[0].val.clusterDim;
+      config.gridDim = dim3(multiprocessors / kClusterSize * cluster.x, cluster.y);
+      if (cudaOccupancyMaxActiveClusters(&clusters, entry, &config) != cudaSuccess) {
+        cudaGetLastError();  // or the next launch would seem to have failed
+        return cudaErrorCooperativeLaunchTooLarge;
+      }
+      if (device < 64) room[device].store(clusters, std::memory_order_relaxed);
+    }
+    if (shares.ahead > clusters) return cudaErrorCooperativeLaunchTooLarge;
+    blocks = std::min(blocks, clusters * kClusterSize);
+  }
 
   typename Kernel::Arguments arguments{};
   arguments.mode = cutlass::gemm::GemmUniversalMode::kGemm;
@@ -807,6 +817,9 @@ constexpr bool kClusterAlongN[kTiles] = {false, true, false};  // the two blocks
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// As TMA wants it.
+bool Aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
 cudaError_t Multiprocessors(int device, int* count) {
   static std::atomic<int> counts[64];
   if (device < 64 && (*count = counts[device].load(std::memory_order_relaxed)) > 0) {
@@ -838,12 +851,9 @@ Shares ShrinkPlan(const Gemm& gemm, const GemmShrink& shrink, const GemmPlan& pl
   const int64_t down = CeilDiv(CeilDiv(gemm.m, kTileRows[plan.tile]), cluster_rows);
   const int64_t ahead = plan.along_n ? CeilDiv(count, cluster_columns) : across * down;
   const bool waits_end = plan.swizzle == 1 && ahead <= multiprocessors / 2;
-  const auto aligned = [](const void* pointer) {
-    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-  };
-  if (gemm.r > 0 && gemm.r <= ranks && length * ranks * kTileK * 2 <= kShrinkBytes &&
+  if (gemm.r > 0 && gemm.r <= kMostRanks && length * ranks * kTileK * 2 <= kShrinkBytes &&
       k_tiles >= kLeastSteps && waits_end && (gemm.transposed || gemm.r % 8 == 0) &&
-      aligned(shrink.a)) {
+      Aligned(shrink.a)) {
     shares.length = static_cast<int>(length);
     shares.count = static_cast<int>(count);
     shares.ahead = static_cast<int>(ahead);
@@ -874,15 +884,12 @@ bool GemmSm90Serves(const Gemm& gemm) {
   // TMA's rows are multiples of 16 bytes; sizes and, rounded up to tiles, counts are ints.
   constexpr int64_t kMost = std::numeric_limits<int>::max() / 4;
   const auto fits = [](int64_t size) { return size > 0 && size <= kMost; };
-  const auto aligned = [](const void* pointer) {
-    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-  };
   if (!fits(gemm.m) || !fits(gemm.k) || !fits(gemm.n) || gemm.k % 8 != 0 || gemm.n % 8 != 0 ||
-      !aligned(gemm.x) || !aligned(gemm.w) || !aligned(gemm.bias) || !aligned(gemm.y)) {
+      !Aligned(gemm.x) || !Aligned(gemm.w) || !Aligned(gemm.bias) || !Aligned(gemm.y)) {
     return false;
   }
   return gemm.r == 0 || (gemm.r > 0 && gemm.r <= kMost && (!gemm.transposed || gemm.r % 8 == 0) &&
-                         aligned(gemm.h16) && aligned(gemm.b));
+                         Aligned(gemm.h16) && Aligned(gemm.b));
 }
 
 GemmPlan GemmSm90Plan(const Gemm& gemm, int multiprocessors) {
@@ -896,10 +903,8 @@ GemmPlan GemmSm90Plan(const Gemm& gemm, int multiprocessors) {
   GemmPlan plan;
   if (small < std::min(wide, tall)) {
     plan.tile = 2;
-  } else if (wide != tall) {
-    plan.tile = wide < tall ? 0 : 1;
   } else {
-    plan.tile = 1;
+    plan.tile = wide < tall ? 0 : 1;
   }
   const int64_t rows = plan.tile == 1 ? 256 : 128, columns = plan.tile == 0 ? 256 : 128;
   plan.along_n = CeilDiv(gemm.n, columns) <= CeilDiv(gemm.m, rows);

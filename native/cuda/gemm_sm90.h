@@ -84,7 +84,8 @@ cudaError_t GemmSm90(const Gemm& gemm, cudaStream_t stream, bool programmatic_de
 cudaError_t GemmSm90(const Gemm& gemm, const GemmPlan& plan, cudaStream_t stream,
                      bool programmatic_dependent);
 
-// The same with h computed inside, where GemmSm90Shrinks.
+// The same with h computed inside, where GemmSm90Shrinks. Blocks wait for each other then:
+// cudaErrorCooperativeLaunchTooLarge, and y and h untouched, where those cannot all run at once.
 cudaError_t GemmSm90(const Gemm& gemm, const GemmShrink& shrink, cudaStream_t stream);
 cudaError_t GemmSm90(const Gemm& gemm, const GemmShrink& shrink, const GemmPlan& plan,
                      cudaStream_t stream);
