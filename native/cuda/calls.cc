@@ -53,10 +53,9 @@ int64_t Workspace(int64_t m, int64_t k, int64_t n, int64_t r, std::string_view f
   const Sizes straight = {m, k, n, r}, transposed = {m, n, k, r};
   const auto asked = [&](char letter) { return grads.find(letter) != grads.npos; };
   if (grads.empty()) return LayerWorkspace(straight, form);
+  const int64_t of_grads = GradWorkspace(m, r, {asked('a') ? k : 0, asked('b') ? n : 0});
   return (asked('x') || asked('a') ? Lines(m * r) : 0) +
-         (asked('x') ? LayerWorkspace(transposed, form) : 0) +
-         (asked('a') ? Lines(GradWorkspace(straight)) : 0) +
-         (asked('b') ? Lines(GradWorkspace(transposed)) : 0);
+         (asked('x') ? LayerWorkspace(transposed, form) : 0) + Lines(of_grads);
 }
 
 // Runs a call's launches one after the other up to the first that fails, and hands out parts of
@@ -129,12 +128,17 @@ class Launcher {
     }
   }
 
-  void Grad(bool of_b, const void* x, const float* t, float scaling, void* gradient) {
-    const Sizes all = sizes(of_b);
-    float* const scratch = Take(GradWorkspace(all));
+  // The gradients of A and B that are not null. A gradient of B is of B's type.
+  void Grads(const void* x, const float* t, void* da, const void* g, const float* h, float scaling,
+             void* db) {
+    Grad grads[2];
+    int count = 0;
+    if (da) grads[count++] = {call_.k, x, t, 1.0f, element(), false, da};
+    if (db) grads[count++] = {call_.n, g, h, scaling, ElementOf(call_.b_dtype), true, db};
+    float* const scratch =
+        Take(GradWorkspace(call_.m, call_.r, {da ? call_.k : 0, db ? call_.n : 0}));
     if (!ok()) return;
-    Did("grad", LaunchGrad(stream_, element(), all, x, t, scaling,
-                           ElementOf(of_b ? call_.b_dtype : call_.dtype), of_b, gradient, scratch));
+    Did("grads", LaunchGrads(stream_, element(), call_.m, call_.r, grads, count, scratch));
   }
 
  private:
@@ -199,8 +203,7 @@ ffi::Error Backward(const BackwardCall& c, cudaStream_t stream) {
   } else if (c.da) {
     launcher.Shrink(true, c.g, c.scaling, t);
   }
-  if (c.da) launcher.Grad(false, c.x, t, 1.0f, c.da);
-  if (c.db) launcher.Grad(true, c.g, c.h, c.scaling, c.db);
+  launcher.Grads(c.x, t, c.da, c.g, c.h, c.scaling, c.db);
   return launcher.error();
 }
 

@@ -29,10 +29,11 @@
 // well, beside W. That is 1/16 of a wgmma's work for 4 of 64 tiles, and every block begins k with
 // its own share, so that all shares are done when the first twentieth of the product is. They lie
 // in memory then, and a warp of each block that has nothing else to do adds a part of each, in one
-// order, writes that part of h and h16, and counts itself in. The fetching thread waits for all
-// parts before its first stage of h16, some 40 µs later in a large product. (Where the warps that
-// multiply added the shares, 512 rows took 41 µs, not the product's 26: fences and atomics take
-// microseconds while the copies run.)
+// order, writes that part of h and h16, and counts itself in. The same warp waits until all parts
+// are counted and tells the fetching thread, which goes on with h16 some 40 µs later in a large
+// product. (Where the warps that multiply added the shares, 512 rows took 41 µs, not the product's
+// 26: fences and atomics take microseconds while the copies run. Where the fetching thread asked
+// for the count itself, every tile began 1000 to 1700 cycles late, parts counted or not.)
 //
 // The counters must be zero when a product begins: a small kernel before sees to that, whose
 // programmatic dependent this one is, and who counts or waits for a count waits for that one first.
@@ -198,7 +199,10 @@ struct WithRank : Mainloop {
   struct TensorStorage : Mainloop::TensorStorage {
     cute::array_aligned<Element, kShrinkBytes / sizeof(Element), 1024> shrink;
     int2 tiles[DispatchPolicy::Stages];  // row and column, by the tile's first stage
+    int ready;                           // of this block's tiles, those whose h16 is there
   };
+
+  int tile_number = 0;  // of a warp of the producers, from 1
 
   static int KOfKernel(int64_t k, int64_t r) {
     return (cute::ceil_div(k, kTileK) + cute::ceil_div(r, kRanks)) * kTileK;
@@ -306,6 +310,7 @@ struct WithRank : Mainloop {
                            Inputs const& inputs, Coord const& coord, KTileIterator, int, int,
                            uint32_t block_in_cluster, TensorStorage& stages) {
     using namespace cute;
+    ++tile_number;
     if (!elect_one_sync()) return;
 
     // A TMA tensor is made of coordinates, so those of x serve h16 and those of W the factor.
@@ -343,6 +348,7 @@ struct WithRank : Mainloop {
         // Before the arrival that is part of acquiring, so that who waits for the stage sees it.
         // Nobody reads what lies there: more stages than there are have passed since.
         if (shrinks && step == 0) {
+          if (tile_number == 1) StoreReady(stages, 0);
           asm volatile(
               "st.shared.v2.b32 [%0], {%1, %2};" ::"r"(SharedAddress(&stages.tiles[state.index()])),
               "r"(int(m_tile)), "r"(int(n_tile))
@@ -380,11 +386,10 @@ struct WithRank : Mainloop {
       copy(params.tma_load_factor.with(*barrier, share_right), from_right(_, _, _, 0),
            to_right(_, _, _, state.index()));
       if (i == 0) {
-        WaitForKernelBefore();
         if (shrinks) {
-          WaitForCount(Counters(params, m_tile) + 1, params.shrink.shares.count);
-          // h16 was written as memory usually is, and TMA reads it.
-          asm volatile("fence.proxy.async;" ::: "memory");
+          WaitForReady(stages, tile_number);
+        } else {
+          WaitForKernelBefore();
         }
       }
       Tensor from_left = copy_left.partition_S(left);
@@ -408,6 +413,22 @@ struct WithRank : Mainloop {
     } while (now < count);
   }
 
+  // From the warp that waits for h16 to the thread that fetches it.
+  CUTLASS_DEVICE static void StoreReady(TensorStorage& stages, int tiles) {
+    asm volatile("st.release.cta.shared.b32 [%0], %1;" ::"r"(SharedAddress(&stages.ready)),
+                 "r"(tiles)
+                 : "memory");
+  }
+  CUTLASS_DEVICE static void WaitForReady(TensorStorage& stages, int tiles) {
+    int now;
+    do {
+      asm volatile("ld.acquire.cta.shared.b32 %0, [%1];"
+                   : "=r"(now)
+                   : "r"(SharedAddress(&stages.ready))
+                   : "memory");
+    } while (now < tiles);
+  }
+
   // The sums of a thread's share, to where those of the others are.
   template <class Sums>
   CUTLASS_DEVICE static void StoreShare(Sums const& sums, int2 tile, int thread,
@@ -424,18 +445,29 @@ struct WithRank : Mainloop {
   }
 
   // Another warp's part: of the rows that this block has in common with others, to add the shares
-  // of some. The warpgroups that multiply do not wait for any of that.
+  // of some, and to say when all are added. The warpgroups that multiply do not wait for any of
+  // that, nor does the fetching thread before it needs h16.
   template <class Inputs, class Coord, class KTileIterator>
   CUTLASS_DEVICE void load_auxiliary(Params const& params, Pipeline, State, Inputs const&,
                                      Coord const& coord, KTileIterator, int, int lane, uint32_t,
                                      TensorStorage& stages) {
+    if (params.shrink.shares.length == 0) return;
+    ++tile_number;
     auto [m_tile, n_tile, unused, batch] = coord;
-    if (WayOf(params, n_tile).length == 0) return;
-    if (ShrinkRanks(params.r) == 16) {
-      AddShares<16>(params, m_tile, n_tile, lane, stages);
-    } else {
-      AddShares<32>(params, m_tile, n_tile, lane, stages);
+    cutlass::arch::NamedBarrier::sync(kThreads + 32, kShareBarrier);  // our share is there
+    WaitForKernelBefore();
+    if (WayOf(params, n_tile).length > 0) {
+      if (ShrinkRanks(params.r) == 16) {
+        AddShares<16>(params, m_tile, n_tile, lane, stages);
+      } else {
+        AddShares<32>(params, m_tile, n_tile, lane, stages);
+      }
     }
+    WaitForCount(Counters(params, m_tile) + 1, params.shrink.shares.count);
+    // h16 was written as memory usually is, and TMA reads it.
+    asm volatile("fence.proxy.async;" ::: "memory");
+    __syncwarp();
+    if (lane == 0) StoreReady(stages, tile_number);
   }
 
   template <int kWidth>
@@ -444,8 +476,6 @@ struct WithRank : Mainloop {
     constexpr int kQuads = kTileM * kWidth / 4;  // of a tile
     const ShrinkArguments& shrink = params.shrink;
     const int count = shrink.shares.count;
-    cutlass::arch::NamedBarrier::sync(kThreads + 32, kShareBarrier);  // our share is there
-    WaitForKernelBefore();
     unsigned* const counters = Counters(params, m_tile);
     if (lane == 0) Add(counters);
     WaitForCount(counters, count);
@@ -596,6 +626,8 @@ struct WithRank : Mainloop {
       const Way way = WayOf(params, tile.y);
       if (way.length > 0) {
         ShrinkRanks(params.r) == 16 ? shrink(Int<16>{}, tile, way) : shrink(Int<32>{}, tile, way);
+      } else {
+        cutlass::arch::NamedBarrier::arrive(kThreads + 32, kShareBarrier);
       }
     }
     multiply_alone(steps);
@@ -722,11 +754,11 @@ cudaError_t LaunchGemm(const Gemm& gemm, const GemmPlan& plan, const GemmShrink*
     if (error != cudaSuccess) return error;
     if (device < 64) prepared[device].store(true, std::memory_order_relaxed);
   }
-  int blocks = multiprocessors;
+  int clusters = multiprocessors / kClusterSize;
   if (shrink != nullptr) {
     // Blocks wait for each other, so the grid has no more than run at once.
     static std::atomic<int> room[64];  // clusters, by device
-    int clusters = device < 64 ? room[device].load(std::memory_order_relaxed) : 0;
+    clusters = device < 64 ? room[device].load(std::memory_order_relaxed) : 0;
     if (clusters == 0) {
       const auto& cluster = attributes[0].val.clusterDim;
       config.gridDim = dim3(multiprocessors / kClusterSize * cluster.x, cluster.y);
@@ -737,8 +769,14 @@ cudaError_t LaunchGemm(const Gemm& gemm, const GemmPlan& plan, const GemmShrink*
       if (device < 64) room[device].store(clusters, std::memory_order_relaxed);
     }
     if (shares.ahead > clusters) return cudaErrorCooperativeLaunchTooLarge;
-    blocks = std::min(blocks, clusters * kClusterSize);
   }
+  // As few as take no more rounds: of 1024 tiles 128 blocks have 8 each. With all 132 the rows of
+  // a round are not the same for all, and 8192 rows of 4096 took 1 to 6 % longer.
+  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  using Shape = typename Tile<tile>::Shape;
+  const int64_t tiles = ceil_div(gemm.m, cute::size<0>(Shape{}) * cute::size<0>(Cluster{})) *
+                        ceil_div(gemm.n, cute::size<1>(Shape{}) * cute::size<1>(Cluster{}));
+  clusters = std::max<int64_t>(ceil_div(tiles, ceil_div(tiles, clusters)), shares.ahead);
 
   typename Kernel::Arguments arguments{};
   arguments.mode = cutlass::gemm::GemmUniversalMode::kGemm;
@@ -769,7 +807,7 @@ cudaError_t LaunchGemm(const Gemm& gemm, const GemmPlan& plan, const GemmShrink*
   arguments.epilogue.ptr_D = static_cast<Element*>(gemm.y);
   arguments.epilogue.dD = {gemm.n, {}, 0};
   arguments.hw_info.device_id = device;
-  arguments.hw_info.sm_count = blocks;
+  arguments.hw_info.sm_count = clusters * kClusterSize;
   arguments.scheduler.max_swizzle_size = plan.swizzle;
   using Order = std::decay_t<decltype(arguments.scheduler.raster_order)>;
   arguments.scheduler.raster_order = plan.along_n ? Order::AlongN : Order::AlongM;

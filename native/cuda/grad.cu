@@ -1,4 +1,6 @@
-// gradient = s·xᵀ·t, of A, and with g for x and h for t of Bᵀ. Both sum over the rows.
+// gradient = s·xᵀ·t, of A, and with g for x and h for t of Bᵀ. Both sum over the rows. Where both
+// are asked for one launch has the blocks of both: its start and its last blocks, when memory
+// idles, come once.
 //
 // A block has 128 columns of x (64 where there are more than 128 ranks), a slice of the rows, and
 // all ranks. Tiles of 64 or 32 rows of x and t come through a ring of shared memory filled by
@@ -98,27 +100,37 @@ struct Layout {
   static_assert(kStages >= 2 && kShared <= kMemory);
 };
 
-struct GradArguments {
-  int64_t rows, in;
-  int rank;
+constexpr int kMostGrads = 2;
+
+// One gradient's part of a launch.
+struct GradPart {
+  int64_t in;
   const void* x;
   bool x_vectors;
   const float* t;
   bool t_vectors;
   float scaling;
-  int64_t slice_rows;
   float* slices;  // (slices, in, rank), or null where there is one slice: then straight to
   void* gradient;
   bool wide;  // the gradient, float32
   bool transposed;
+  unsigned blocks, finish_blocks;
 };
 
-int64_t Columns(int64_t rank) { return rank > 128 ? kWarpColumns : 2 * kWarpColumns; }
+struct GradArguments {
+  int64_t rows;
+  int rank;
+  int64_t slice_rows;
+  GradPart parts[kMostGrads];
+};
 
-int Slices(const Sizes& sizes) {
-  const int64_t blocks = std::max<int64_t>(CeilDiv(sizes.in, Columns(sizes.rank)), 1);
-  return static_cast<int>(
-      std::max<int64_t>(1, std::min(kWantedBlocks / blocks, sizes.rows / kLeastRows)));
+int64_t ColumnBlocks(int64_t in, int64_t rank) {
+  return CeilDiv(in, rank > 128 ? kWarpColumns : 2 * kWarpColumns);
+}
+
+int Slices(int64_t rows, int64_t column_blocks) {
+  return static_cast<int>(std::max<int64_t>(
+      1, std::min(kWantedBlocks / std::max<int64_t>(column_blocks, 1), rows / kLeastRows)));
 }
 
 // Which of a warp's columns is row g, or where `upper` row g + 8, of block m of xᵀ.
@@ -211,8 +223,9 @@ __device__ inline void MultiplyRows(float (&sums)[4][kBlocks][4], const E*, cons
 }
 
 template <class E>
-__device__ inline void WriteGradient(const GradArguments& p, int64_t column, int rank, float sum) {
-  const int64_t at = p.transposed ? rank * p.in + column : column * p.rank + rank;
+__device__ inline void WriteGradient(const GradPart& p, int64_t ranks, int64_t column, int rank,
+                                     float sum) {
+  const int64_t at = p.transposed ? rank * p.in + column : column * ranks + rank;
   if (p.wide) {
     static_cast<float*>(p.gradient)[at] = p.scaling * sum;
   } else {
@@ -223,7 +236,7 @@ __device__ inline void WriteGradient(const GradArguments& p, int64_t column, int
 // kRanks: as many as there is room for.
 template <class E, int kRanks>
 __global__ void __launch_bounds__(kThreads, sizeof(E) == 4 && kRanks > 16 ? 1 : 2)
-    GradKernel(const __grid_constant__ GradArguments p) {
+    GradKernel(const __grid_constant__ GradArguments all) {
   using L = Layout<E, kRanks>;
   constexpr int kStep = std::is_same_v<E, __nv_bfloat16> ? 16 : 8;
   extern __shared__ __align__(16) char memory[];
@@ -232,12 +245,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(E) == 4 && kRanks > 16 ? 1 : 
   const int own_rank = warp % L::kWarpsRanks * L::kBlocks * 8;
   const int own_column = warp / L::kWarpsRanks % L::kWarpsColumns * kWarpColumns;
   const int own_step = warp / (L::kWarpsRanks * L::kWarpsColumns);
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * L::kColumns;
-  const int64_t begin = blockIdx.y * p.slice_rows, end = min(begin + p.slice_rows, p.rows);
+  const bool second = blockIdx.x >= all.parts[0].blocks;
+  const GradPart& p = all.parts[second];
+  const int64_t first =
+      static_cast<int64_t>(blockIdx.x - (second ? all.parts[0].blocks : 0)) * L::kColumns;
+  const int64_t begin = blockIdx.y * all.slice_rows, end = min(begin + all.slice_rows, all.rows);
   const int steps = static_cast<int>((end - begin + L::kRows - 1) / L::kRows);
 
   typename L::X x(static_cast<const E*>(p.x), p.x_vectors, begin, first, p.in);
-  typename L::T t(p.t, p.t_vectors, begin, 0, p.rank);
+  typename L::T t(p.t, p.t_vectors, begin, 0, all.rank);
   int64_t rows_left = end - begin;
   const auto fetch = [&](int stage) {
     char* const tiles = memory + stage * L::kStage;
@@ -292,16 +308,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(E) == 4 && kRanks > 16 ? 1 : 
     // Neighbouring threads write neighbouring elements.
     const bool along = p.transposed && p.slices == nullptr;
     const int c = along ? i % L::kColumns : i / kRanks, rank = along ? i / L::kColumns : i % kRanks;
-    if (rank >= p.rank || first + c >= p.in) continue;
+    if (rank >= all.rank || first + c >= p.in) continue;
     float sum = 0.0f;
 #pragma unroll
     for (int share = 0; share < L::kWarpsRows; ++share) {
       sum += shared[share * L::kShare + c * L::kSumsStride + rank];
     }
     if (p.slices == nullptr) {
-      WriteGradient<E>(p, first + c, rank, sum);
+      WriteGradient<E>(p, all.rank, first + c, rank, sum);
     } else {
-      p.slices[(blockIdx.y * p.in + first + c) * p.rank + rank] = sum;
+      p.slices[(blockIdx.y * p.in + first + c) * all.rank + rank] = sum;
     }
   }
 }
@@ -309,67 +325,81 @@ __global__ void __launch_bounds__(kThreads, sizeof(E) == 4 && kRanks > 16 ? 1 : 
 // The sums over slices. Launched as a programmatic dependent of the kernel above.
 template <class E>
 __global__ void __launch_bounds__(kThreads)
-    FinishKernel(const __grid_constant__ GradArguments p, int slices) {
+    FinishKernel(const __grid_constant__ GradArguments all, int slices) {
   WaitForKernelBefore();
-  const int64_t size = p.in * p.rank;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const bool second = blockIdx.x >= all.parts[0].finish_blocks;
+  const GradPart& p = all.parts[second];
+  const int64_t size = p.in * all.rank;
+  const unsigned block = blockIdx.x - (second ? all.parts[0].finish_blocks : 0);
+  const int64_t i = static_cast<int64_t>(block) * kThreads + threadIdx.x;
   if (i >= size) return;
-  const int64_t column = p.transposed ? i % p.in : i / p.rank;
-  const int rank = static_cast<int>(p.transposed ? i / p.in : i % p.rank);
-  const float* from = p.slices + column * p.rank + rank;
+  const int64_t column = p.transposed ? i % p.in : i / all.rank;
+  const int rank = static_cast<int>(p.transposed ? i / p.in : i % all.rank);
+  const float* from = p.slices + column * all.rank + rank;
   float sum = 0.0f;
 #pragma unroll 8
   for (int slice = 0; slice < slices; ++slice, from += size) sum += *from;
-  WriteGradient<E>(p, column, rank, sum);
+  WriteGradient<E>(p, all.rank, column, rank, sum);
 }
 
 }  // namespace
 
-int64_t GradWorkspace(const Sizes& sizes) {
-  const int64_t slices = Slices(sizes);
-  return slices == 1 ? 0 : slices * sizes.in * sizes.rank;
+int64_t GradWorkspace(int64_t rows, int64_t rank, std::initializer_list<int64_t> columns) {
+  int64_t blocks = 0, all = 0;
+  for (const int64_t in : columns) blocks += ColumnBlocks(in, rank), all += in;
+  const int64_t slices = Slices(rows, blocks);
+  return slices == 1 ? 0 : slices * all * rank;
 }
 
-cudaError_t LaunchGrad(cudaStream_t stream, Element element, const Sizes& sizes, const void* x,
-                       const float* t, float scaling, Element gradient_element, bool transposed,
-                       void* gradient, float* workspace) {
-  if (sizes.rank < 0 || sizes.rank > kMaxRank ||
-      (gradient_element != element && gradient_element != Element::kFloat32)) {
-    return cudaErrorInvalidValue;
+cudaError_t LaunchGrads(cudaStream_t stream, Element element, int64_t rows, int64_t rank,
+                        const Grad* grads, int count, float* workspace) {
+  if (rank < 0 || rank > kMaxRank || count > kMostGrads) return cudaErrorInvalidValue;
+  if (rank == 0) return cudaSuccess;
+  GradArguments all = {};
+  all.rows = rows;
+  all.rank = static_cast<int>(rank);
+  int64_t blocks = 0, finish_blocks = 0;
+  for (int i = 0; i < count; ++i) {
+    const Grad& grad = grads[i];
+    if (grad.element != element && grad.element != Element::kFloat32) return cudaErrorInvalidValue;
+    const int64_t own = ColumnBlocks(grad.in, rank), finish = CeilDiv(grad.in * rank, kThreads);
+    all.parts[i] = {grad.in,
+                    grad.x,
+                    Vectors(grad.x, grad.in, Width(element)),
+                    grad.t,
+                    Vectors(grad.t, rank, 4),
+                    grad.scaling,
+                    nullptr,
+                    grad.gradient,
+                    grad.element == Element::kFloat32,
+                    grad.transposed,
+                    static_cast<unsigned>(own),
+                    static_cast<unsigned>(finish)};
+    blocks += own;
+    finish_blocks += finish;
   }
-  if (sizes.in == 0 || sizes.rank == 0) return cudaSuccess;
-  const int slices = Slices(sizes);
-  GradArguments p = {};
-  p.rows = sizes.rows;
-  p.in = sizes.in;
-  p.rank = static_cast<int>(sizes.rank);
-  p.x = x;
-  p.x_vectors = Vectors(x, sizes.in, Width(element));
-  p.t = t;
-  p.t_vectors = Vectors(t, sizes.rank, 4);
-  p.scaling = scaling;
-  p.slice_rows = CeilDiv(CeilDiv(sizes.rows, slices), kRowsTogether) * kRowsTogether;
-  p.slices = slices == 1 ? nullptr : workspace;
-  p.gradient = gradient;
-  p.wide = gradient_element == Element::kFloat32;
-  p.transposed = transposed;
-  const int64_t blocks = CeilDiv(sizes.in, Columns(sizes.rank));
-  const int64_t finish_blocks = CeilDiv(sizes.in * sizes.rank, kThreads);
+  if (blocks == 0) return cudaSuccess;
   if (finish_blocks > INT32_MAX) return cudaErrorInvalidValue;
+  const int slices = Slices(rows, blocks);
+  all.slice_rows = CeilDiv(CeilDiv(rows, slices), kRowsTogether) * kRowsTogether;
+  for (int i = 0; slices > 1 && i < count; ++i) {
+    all.parts[i].slices = workspace;
+    workspace += slices * grads[i].in * rank;
+  }
 
   return Dispatch(element, [&](auto tag) {
     using E = typename decltype(tag)::type;
     const auto launch = [&](auto kernel, int shared) {
       const cudaError_t error = Launch(kernel, dim3(static_cast<unsigned>(blocks), slices),
-                                       kThreads, shared, stream, false, 1, p);
+                                       kThreads, shared, stream, false, 1, all);
       if (error != cudaSuccess || slices == 1) return error;
       return Launch(FinishKernel<E>, dim3(static_cast<unsigned>(finish_blocks)), kThreads, 0,
-                    stream, HasSm90(), 1, p, slices);
+                    stream, HasSm90(), 1, all, slices);
     };
-    if (sizes.rank <= 16) return launch(GradKernel<E, 16>, Layout<E, 16>::kShared);
-    if (sizes.rank <= 32) return launch(GradKernel<E, 32>, Layout<E, 32>::kShared);
-    if (sizes.rank <= 64) return launch(GradKernel<E, 64>, Layout<E, 64>::kShared);
-    if (sizes.rank <= 128) return launch(GradKernel<E, 128>, Layout<E, 128>::kShared);
+    if (rank <= 16) return launch(GradKernel<E, 16>, Layout<E, 16>::kShared);
+    if (rank <= 32) return launch(GradKernel<E, 32>, Layout<E, 32>::kShared);
+    if (rank <= 64) return launch(GradKernel<E, 64>, Layout<E, 64>::kShared);
+    if (rank <= 128) return launch(GradKernel<E, 128>, Layout<E, 128>::kShared);
     return launch(GradKernel<E, 256>, Layout<E, 256>::kShared);
   });
 }

@@ -6,6 +6,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <initializer_list>
 
 namespace jax_fused_lora {
 
@@ -52,13 +53,23 @@ cudaError_t LaunchDecode(cudaStream_t stream, Element element, const Sizes& size
                          const Factor& b, float shrink_scaling, float expand_scaling, float* h,
                          void* y, float* workspace);
 
-// gradient (in, rank) = scaling · xᵀ·t, or where `transposed` (rank, in); t is (rows, rank). Sums
-// over slices of rows lie in the workspace and are added in one order, so that the result does not
-// depend on the run.
-int64_t GradWorkspace(const Sizes& sizes);
-cudaError_t LaunchGrad(cudaStream_t stream, Element element, const Sizes& sizes, const void* x,
-                       const float* t, float scaling, Element gradient_element, bool transposed,
-                       void* gradient, float* workspace);
+// gradient (in, rank) = scaling · xᵀ·t, or where `transposed` (rank, in).
+struct Grad {
+  int64_t in;
+  const void* x;   // (rows, in)
+  const float* t;  // (rows, rank)
+  float scaling;
+  Element element;  // of the gradient: x's or float32
+  bool transposed;
+  void* gradient;
+};
+
+// One or two gradients in one launch. Sums over slices of rows lie in the workspace, of
+// GradWorkspace floats for gradients of so many columns, and are added in one order, so that the
+// result does not depend on the run.
+int64_t GradWorkspace(int64_t rows, int64_t rank, std::initializer_list<int64_t> columns);
+cudaError_t LaunchGrads(cudaStream_t stream, Element element, int64_t rows, int64_t rank,
+                        const Grad* grads, int count, float* workspace);
 
 }  // namespace jax_fused_lora
 

@@ -432,18 +432,26 @@ void RunCase(const Case& given, const Dtype& dtype, bool wide_a, bool wide_b, st
     const Operand t(m, r, kFloat32, random, given.scale);
     const Truth gradient = Scaled(kShrinkScaling, Product(Transposed(x.truth), t.truth));
     const Dtype& to = wide_a ? kFloat32 : dtype;
-    for (const bool transposed : {false, true}) {
-      const std::string name = where + ": gradient" + (transposed ? " transposed" : "");
-      const Block out(k * r * to.width), again(k * r * to.width);
-      const Block workspace(GradWorkspace(sizes) * 4);
+    // Alone, as A's and as B's, and beside one of another matrix and another type.
+    const Operand g(m, n, dtype, random, given.scale);
+    const Truth beside = Scaled(kExpandScaling, Transposed(Product(Transposed(g.truth), t.truth)));
+    const float* const of_rank = static_cast<const float*>(t.data());
+    for (int form = 0; form < 3; ++form) {
+      const bool transposed = form == 1, both = form == 2;
+      const std::string name = where + ": gradient" + (transposed ? " transposed" : "") +
+                               (both ? " beside another" : "");
+      const Block out(k * r * to.width), again(k * r * to.width), other(n * r * dtype.width);
+      const Block workspace(GradWorkspace(m, r, {k, both ? n : 0}) * 4);
       for (const Block* result : {&out, &again}) {
-        Wait(
-            LaunchGrad(nullptr, dtype.element, sizes, x.data(), static_cast<const float*>(t.data()),
-                       kShrinkScaling, to.element, transposed, result->data(), workspace.floats()),
-            name, tally);
+        const Grad grads[] = {
+            {k, x.data(), of_rank, kShrinkScaling, to.element, transposed, result->data()},
+            {n, g.data(), of_rank, kExpandScaling, dtype.element, true, other.data()}};
+        Wait(LaunchGrads(nullptr, dtype.element, m, r, grads, both ? 2 : 1, workspace.floats()),
+             name, tally);
       }
       tally->Compare(out, to, transposed ? Transposed(gradient) : gradient, name);
       tally->Same(out, again, name);
+      if (both) tally->Compare(other, dtype, beside, name + ": the other");
     }
   }
 }
@@ -540,7 +548,7 @@ void Report(const char* name, double microseconds, double bytes) {
   std::fflush(stdout);
 }
 
-enum class Work { kDelta, kShrink, kDecode, kDecodeTransposed, kGrad };
+enum class Work { kDelta, kShrink, kDecode, kDecodeTransposed, kGrad, kGrads };
 
 void TimeWork(const char* name, Work work, const Dtype& dtype, const Sizes& sizes,
               bool wide_b = false) {
@@ -548,10 +556,11 @@ void TimeWork(const char* name, Work work, const Dtype& dtype, const Sizes& size
   const bool decode = work == Work::kDecode || work == Work::kDecodeTransposed;
   const Dtype& b_dtype = wide_b ? kFloat32 : dtype;
   struct Set {
-    std::unique_ptr<Block> x, a, b, w, t, h, h16, y, gradient;
+    std::unique_ptr<Block> x, a, b, w, t, h, h16, y, gradient, g, other;
   };
   std::vector<Set> sets(kSets);
-  const int64_t scratch = std::max(DecodeWorkspace(sizes), GradWorkspace(sizes));
+  const bool both = work == Work::kGrads, grad = work == Work::kGrad || both;
+  const int64_t scratch = std::max(DecodeWorkspace(sizes), GradWorkspace(m, r, {k, both ? k : 0}));
   const Block workspace(scratch * 4);
   for (int i = 0; i < kSets; ++i) {
     Set& set = sets[i];
@@ -559,11 +568,15 @@ void TimeWork(const char* name, Work work, const Dtype& dtype, const Sizes& size
     set.a = Random(k * r, dtype, i * 8 + 1);
     set.b = Random(r * n, b_dtype, i * 8 + 2);
     if (decode) set.w = Random(k * n, dtype, i * 8 + 3);
-    if (work == Work::kGrad) set.t = Random(m * r, kFloat32, i * 8 + 4);
+    if (grad) set.t = Random(m * r, kFloat32, i * 8 + 4);
     set.h = std::make_unique<Block>(m * r * 4);
     if (dtype.width == 2) set.h16 = std::make_unique<Block>(m * GemmSm90Width(r) * 2);
     set.y = std::make_unique<Block>(m * n * dtype.width);
     set.gradient = std::make_unique<Block>(k * r * dtype.width);
+    if (both) {  // as many columns as x has
+      set.g = Random(m * k, dtype, i * 8 + 5);
+      set.other = std::make_unique<Block>(k * r * dtype.width);
+    }
   }
   const double microseconds = Time([&](cudaStream_t stream, int i) {
     const Set& set = sets[i];
@@ -582,15 +595,21 @@ void TimeWork(const char* name, Work work, const Dtype& dtype, const Sizes& size
                             work == Work::kDecodeTransposed, nullptr, a, b, 1, 0.5f,
                             set.h->floats(), set.y->data(), workspace.floats());
       case Work::kGrad:
-        return LaunchGrad(stream, dtype.element, sizes, set.x->data(), set.t->floats(), 1,
-                          dtype.element, false, set.gradient->data(), workspace.floats());
+      case Work::kGrads: {
+        const Grad grads[] = {
+            {k, set.x->data(), set.t->floats(), 1, dtype.element, false, set.gradient->data()},
+            {k, both ? set.g->data() : nullptr, set.t->floats(), 1, dtype.element, true,
+             both ? set.other->data() : nullptr}};
+        return LaunchGrads(stream, dtype.element, m, r, grads, both ? 2 : 1, workspace.floats());
+      }
     }
     return cudaErrorInvalidValue;
   });
   // What has to cross the memory bus.
   const double width = dtype.width;
   double bytes = m * k * width + k * r * width;
-  if (work == Work::kGrad || work == Work::kShrink) bytes += m * r * 4;
+  if (grad || work == Work::kShrink) bytes += m * r * 4;
+  if (both) bytes *= 2;
   if (work == Work::kDelta || decode) bytes += r * n * b_dtype.width + m * n * width + m * r * 4;
   if (decode) bytes += k * n * width;
   Report(name, microseconds, bytes);
@@ -630,6 +649,9 @@ void Times() {
   TimeWork("grad 8192, 4096, rank 16, bf16", Work::kGrad, bf16, {8192, 4096, 0, 16});
   TimeWork("grad 2048, 4096, rank 16, bf16", Work::kGrad, bf16, {2048, 4096, 0, 16});
   TimeWork("grad 8192, 4096, rank 64, bf16", Work::kGrad, bf16, {8192, 4096, 0, 64});
+  TimeWork("both grads 512, 4096, rank 16, bf16", Work::kGrads, bf16, {512, 4096, 0, 16});
+  TimeWork("both grads 2048, 4096, rank 16, bf16", Work::kGrads, bf16, {2048, 4096, 0, 16});
+  TimeWork("both grads 8192, 4096, rank 16, bf16", Work::kGrads, bf16, {8192, 4096, 0, 16});
 }
 
 int Main(int count, char** arguments) {
