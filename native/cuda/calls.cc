@@ -43,8 +43,7 @@ int64_t H16Workspace(const Sizes& sizes) {
 int64_t LayerWorkspace(const Sizes& sizes, std::string_view form) {
   if (form != "kernel") return 0;
   if (sizes.rows <= kFewRows) return Lines(DecodeWorkspace(sizes));
-  return Lines(H16Workspace(sizes)) +
-         Lines(GemmSm90ShrinkScratch(sizes.rows, sizes.in, sizes.rank));
+  return Lines(H16Workspace(sizes)) + Lines(GemmSm90ShrinkScratch(sizes.rows));
 }
 
 // What the two calls take, in all: one element, however many there are.
@@ -145,13 +144,13 @@ class Launcher {
   Factor a(bool transposed) const { return {call_.a, ElementOf(call_.dtype), transposed}; }
   Factor b(bool transposed) const { return {call_.b, ElementOf(call_.b_dtype), transposed}; }
 
-  // The layer as one product on Hopper's tensor cores, which computes h on the way, or starts while
+  // The layer as one product on Hopper's tensor cores, with the shrink beside it, or starting while
   // the shrink still runs.
   void Product(bool transposed, const void* x, float shrink_scaling, float expand_scaling,
                const void* bias, float* h, void* y) {
     const Sizes all = sizes(transposed);
     void* const h16 = Take(H16Workspace(all));
-    float* const scratch = Take(GemmSm90ShrinkScratch(all.rows, all.in, all.rank));
+    float* const scratch = Take(GemmSm90ShrinkScratch(all.rows));
     const Factor a = first(transposed), b = second(transposed);
     const Gemm gemm = {element() == Element::kBfloat16,
                        transposed,
@@ -173,8 +172,7 @@ class Launcher {
     if (!ok()) return;
     const GemmShrink shrink = {a.data, shrink_scaling, expand_scaling, h, h16, scratch};
     if (a.element == element() && GemmSm90Shrinks(gemm, shrink)) {
-      const cudaError_t error = GemmSm90(gemm, shrink, stream_);
-      if (error != cudaErrorCooperativeLaunchTooLarge) return Did("gemm_sm90", error);
+      return Did("gemm_sm90", GemmSm90(gemm, shrink, stream_));
     }
     Did("shrink",
         LaunchShrink(stream_, element(), all, x, a, shrink_scaling, h, h16, expand_scaling));

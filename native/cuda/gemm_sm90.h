@@ -42,17 +42,17 @@ struct Gemm {
 // Columns of h16. Rank i has its hi in column i / 16 * 32 + i % 16 and its lo 16 further.
 constexpr int64_t GemmSm90Width(int64_t r) { return (r + 15) / 16 * 32; }
 
-// h = scaling · x·A, and h16 from h16_scaling · h, computed beside x·W: no kernel before has to
-// read x for them.
+// h = scaling · x·A, and h16 from h16_scaling · h, computed beside x·W on multiprocessors that it
+// leaves free: the product does not wait for a kernel that reads x before.
 struct GemmShrink {
   const void* a;  // (k, r), or for a transposed product B as (r, k); of x's type
   float scaling, h16_scaling;
   float* h;        // (m, r)
   void* h16;       // as above, Gemm's
-  float* scratch;  // GemmSm90ShrinkScratch floats, aligned to 16 bytes
+  float* scratch;  // GemmSm90ShrinkScratch floats
 };
 
-int64_t GemmSm90ShrinkScratch(int64_t m, int64_t k, int64_t r);
+int64_t GemmSm90ShrinkScratch(int64_t m);
 
 // Which kernel, and in which order its blocks take the tiles of y.
 struct GemmPlan {
@@ -71,8 +71,8 @@ bool GemmSm90Serves(const Gemm& gemm);
 // The measured choice, on a device of this many multiprocessors.
 GemmPlan GemmSm90Plan(const Gemm& gemm, int multiprocessors);
 
-// Whether the product computes h for this shape: few ranks, depth enough, an order of the tiles in
-// which no block waits for ever.
+// Whether h is computed beside the product of this shape: few ranks, and multiprocessors enough
+// that it leaves free.
 bool GemmSm90Shrinks(const Gemm& gemm, const GemmShrink& shrink, const GemmPlan& plan,
                      int multiprocessors);
 bool GemmSm90Shrinks(const Gemm& gemm, const GemmShrink& shrink);
@@ -84,8 +84,7 @@ cudaError_t GemmSm90(const Gemm& gemm, cudaStream_t stream, bool programmatic_de
 cudaError_t GemmSm90(const Gemm& gemm, const GemmPlan& plan, cudaStream_t stream,
                      bool programmatic_dependent);
 
-// The same with h computed inside, where GemmSm90Shrinks. Blocks wait for each other then:
-// cudaErrorCooperativeLaunchTooLarge, and y and h untouched, where those cannot all run at once.
+// The same with h computed beside it, where GemmSm90Shrinks.
 cudaError_t GemmSm90(const Gemm& gemm, const GemmShrink& shrink, cudaStream_t stream);
 cudaError_t GemmSm90(const Gemm& gemm, const GemmShrink& shrink, const GemmPlan& plan,
                      cudaStream_t stream);

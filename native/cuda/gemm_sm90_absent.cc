@@ -13,7 +13,7 @@ cudaError_t GemmSm90(const Gemm& /*gemm*/, cudaStream_t /*stream*/,
   return cudaErrorNotSupported;
 }
 
-int64_t GemmSm90ShrinkScratch(int64_t /*m*/, int64_t /*k*/, int64_t /*r*/) { return 0; }
+int64_t GemmSm90ShrinkScratch(int64_t /*m*/) { return 0; }
 
 bool GemmSm90Shrinks(const Gemm& /*gemm*/, const GemmShrink& /*shrink*/) { return false; }
 
