@@ -24,11 +24,15 @@ nvcc=$(command -v nvcc || ls -d /usr/local/cuda*/bin/nvcc 2>/dev/null | tail -n 
   'nvidia-cutlass==4.2.*'
 cutlass=$build/cutlass
 "$bin/python" -m zipfile -e "$build"/nvidia_cutlass-*.whl "$cutlass"
-for part in 2 1; do
+compile() {  # name, source, flags
   "$nvcc" -std=c++17 -O3 -DNDEBUG --expt-relaxed-constexpr -gencode=arch=compute_90a,code=sm_90a \
-    -Xcompiler -fPIC -I. "-I$cutlass/cutlass_library/source/include" \
-    "-DJAX_FUSED_LORA_GEMM_PART=$part" -c native/cuda/gemm_sm90.cu -o "$build/gemm_$part.o" &
+    -Xcompiler -fPIC -I. "-I$cutlass/cutlass_library/source/include" "${@:3}" -c "native/cuda/$2" \
+    -o "$build/$1.o"
+}
+for part in 2 1; do
+  compile "gemm_$part" gemm_sm90.cu "-DJAX_FUSED_LORA_GEMM_PART=$part" &
   jobs[part]=$!
 done
+compile shrink_beside shrink_beside.cu
 for job in "${jobs[@]}"; do wait "$job"; done
 echo 'cuda: compiles'

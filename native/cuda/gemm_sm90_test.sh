@@ -4,9 +4,9 @@
 #   bash native/cuda/gemm_sm90_test.sh CUTLASS_INCLUDE [BUILD] [values | small]
 #
 # CUTLASS_INCLUDE holds cutlass/ and cute/ (PyPI nvidia-cutlass: cutlass_library/source/include).
-# BUILD keeps the objects, build/gemm_sm90 unless said; `values` skips the times, `small`
-# the large shapes too. CUBLAS may name
-# the libcublas to compare with. NVCC and JOBS (16) as usual. Without a GPU it only builds.
+# BUILD keeps the objects, build/gemm_sm90 unless said; `values` skips the times, `small` the large
+# shapes too, for compute-sanitizer. CUBLAS may name the libcublas to compare with. NVCC and JOBS (16)
+# as usual. Without a GPU it only builds.
 set -euo pipefail
 cutlass=$(realpath "${1:?folder of the CUTLASS headers}")
 cd "$(dirname "$0")/../.."
