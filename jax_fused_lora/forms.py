@@ -120,8 +120,8 @@ _BACKWARD = {
 
 _CUDA_FEW_ROWS = 16  # that one pass over W serves
 # Rows from which the product with the rank inside it beats XLA on an H100, 4096→4096, bfloat16,
-# rank 16: 0.82 of XLA's time at 512 rows, 0.84 at 2048, 0.87 at 8192; with the backward pass 0.94,
-# 0.91 and 0.85. Between 17 and 511 rows nothing was measured.
+# rank 16: 0.82 of XLA's time at 512 rows, 0.82 at 2048, 0.81 at 8192; with the backward pass 0.88,
+# 0.87 and 0.86. Between 17 and 511 rows nothing was measured.
 _CUDA_MANY_ROWS = 512
 # Up to 16 rows one pass over W takes 0.89 of XLA's time there. Smaller layers were not measured,
 # nor ranks that the one-launch kernel does not take; backward it loses.
