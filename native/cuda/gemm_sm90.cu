@@ -17,7 +17,8 @@
 //    `launch_dependents`, or has ended. That kernel, an ordinary launch itself, did not start
 //    before everything ahead of it in the stream was finished and visible: x, W, B and bias, unless
 //    they come from that very kernel. It must be launched without the attribute, therefore.
-//  - What that kernel still reads, x and A, is not y: XLA gives a call's results memory of their own.
+//  - What that kernel still reads, x and A, is not y: XLA gives a call's results memory of their
+//  own.
 //  - Some block waits, so this kernel ends after the one before it, and what follows in the stream,
 //    launched as usual, follows both. With r = 0 nobody would wait, so r = 0 is launched as usual.
 // A block takes all of a multiprocessor's registers, so it starts where the kernel before has left,
@@ -25,11 +26,12 @@
 //
 // The shrink beside. A product of 8 rounds of 128 tiles leaves 4 of an H100's multiprocessors free,
 // enough to compute h on, rows in the order in which the product needs them (shrink_beside.cu):
-// nothing is read before the product begins, and no multiplying warp has more to do. That kernel sets a flag for every 128 rows. A warp of each block that has nothing else to
-// do waits for those of a tile and tells the fetching thread, which needs h16 some 40 µs after the
-// tile's start in a large product, and 18 with 512 rows. (Where the fetching thread asked for them
-// itself, every tile began 1000 cycles late, flags set or not.) Nobody waits for ever: a product
-// starts when all blocks of the kernel before run already, and those wait for nobody.
+// nothing is read before the product begins, and no multiplying warp has more to do. That kernel
+// sets a flag for every 128 rows. A warp of each block that has nothing else to do waits for those
+// of a tile and tells the fetching thread, which needs h16 some 40 µs after the tile's start in a
+// large product, and 18 with 512 rows. (Where the fetching thread asked for them itself, every tile
+// began 1000 cycles late, flags set or not.) Nobody waits for ever: a product starts when all
+// blocks of the kernel before run already, and those wait for nobody.
 //
 // Tried before: every block multiplies a share of k by A beside W, and a warp adds the shares of
 // all blocks that have the same rows. The blocks then go through k in different orders, wait for
