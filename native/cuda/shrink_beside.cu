@@ -64,8 +64,9 @@ __device__ void StoreTile(const Params& p, int tile, int thread, const Sums& sum
       alignas(4) Number hi[2], lo[2];
       CUTLASS_PRAGMA_UNROLL
       for (int j = 0; j < 2; ++j) {
-        const float value = p.scaling * sums(n * 4 + half * 2 + j);
-        if (rank + j < p.rank) p.h[row * p.rank + rank + j] = value;
+        const bool some = rank + j < p.rank;  // or x's infinities times A's padding
+        const float value = some ? p.scaling * sums(n * 4 + half * 2 + j) : 0.0f;
+        if (some) p.h[row * p.rank + rank + j] = value;
         SplitClamped(p.h16_scaling * value, hi + j, lo + j);
       }
       Number* const pair =
