@@ -67,7 +67,45 @@ void ShrinkRow(const float* x, size_t depth, const T* a, size_t elements, size_t
     StoreFloat(hn::Add(even, odd), sums);
     for (size_t i = 0; i < kLanes; ++i) h[i % r] += sums[i];
   }
-  for (size_t r0 = 0; r0 < r; r0 += kLanes) {
+  size_t r0 = 0;
+  // Vectors of ranks side by side, so that a row of A is read from end to end, and eight sums under
+  // way (float32, delta of 1×1024, rank 64, Zen 4: 48 → 20 µs).
+  const auto wide = [&](auto vecs) HWY_ATTR {
+    constexpr size_t kVecs = decltype(vecs)::value, kChains = 8 / kVecs;
+    for (; r0 + kVecs * kLanes <= r; r0 += kVecs * kLanes) {
+      VF acc[kChains][kVecs];
+      JAX_FUSED_LORA_UNROLL
+      for (size_t v = 0; v < kVecs; ++v) {
+        acc[0][v] = LoadFloat(h + r0 + v * kLanes);
+        JAX_FUSED_LORA_UNROLL
+        for (size_t c = 1; c < kChains; ++c) acc[c][v] = hn::Zero(d);
+      }
+      const auto row = [&](size_t q, size_t c) HWY_ATTR {
+        const VF xv = hn::Set(d, x[q]);
+        const T* from = a + q * r + r0;
+        JAX_FUSED_LORA_UNROLL
+        for (size_t v = 0; v < kVecs; ++v) {
+          acc[c][v] = hn::MulAdd(xv, LoadFloat(from + v * kLanes), acc[c][v]);
+        }
+      };
+      size_t q = p;
+      for (; q + kChains <= depth; q += kChains) {
+        JAX_FUSED_LORA_UNROLL
+        for (size_t c = 0; c < kChains; ++c) row(q + c, c);
+      }
+      for (; q < depth; ++q) row(q, 0);
+      JAX_FUSED_LORA_UNROLL
+      for (size_t v = 0; v < kVecs; ++v) {
+        JAX_FUSED_LORA_UNROLL
+        for (size_t c = 1; c < kChains; ++c) acc[0][v] = hn::Add(acc[0][v], acc[c][v]);
+        StoreFloat(acc[0][v], h + r0 + v * kLanes);
+      }
+    }
+  };
+  wide(std::integral_constant<size_t, 8>());
+  wide(std::integral_constant<size_t, 4>());
+  wide(std::integral_constant<size_t, 2>());
+  for (; r0 < r; r0 += kLanes) {
     const size_t lanes = std::min(kLanes, r - r0);
     const T* from = a + r0;
     const size_t left = elements - r0;
