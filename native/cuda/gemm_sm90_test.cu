@@ -200,7 +200,7 @@ __global__ void JudgeKernel(const T* y, const T* bias, const double* truth, cons
 
 int failed = 0, passed = 0, shrunk = 0;
 
-// h inside the product: y and h, twice over, since the order in which blocks come differs.
+// h beside the product: y and h, twice over, since what is ready when differs.
 template <class T>
 void TestShrink(int64_t m, int64_t k, int64_t n, int64_t r, cudaStream_t stream) {
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
@@ -510,7 +510,7 @@ void Time(int64_t m, int64_t width, int64_t r, bool transposed, cudaStream_t str
   Buffer scratch(GemmSm90ShrinkScratch(m) * 4);
   Fill<T>(a, kLayers * width * r, 5, scale);
   CHECK(cudaDeviceSynchronize());
-  const auto inside = [&](const GemmPlan& plan) {
+  const auto beside = [&](const GemmPlan& plan) {
     return [&, plan](Gemm gemm) {
       const int64_t layer = (static_cast<const T*>(gemm.w) - w.get<T>()) / (width * width);
       gemm.h16 = h16_out.get();
@@ -557,20 +557,20 @@ void Time(int64_t m, int64_t width, int64_t r, bool transposed, cudaStream_t str
   std::printf("\n");
 
   {
-    std::vector<GemmPlan> inside_plans;
-    std::vector<Graph*> inside_graphs;
+    std::vector<GemmPlan> beside_plans;
+    std::vector<Graph*> beside_graphs;
     for (const GemmPlan& each : plans) {
       if (!shrinks(each)) continue;
-      inside_plans.push_back(each);
-      inside_graphs.push_back(chain(inside(each), true));
+      beside_plans.push_back(each);
+      beside_graphs.push_back(chain(beside(each), true));
     }
-    if (cublas.gemm) inside_graphs.push_back(chain(std::cref(cublas), false));
-    const std::vector<double> times = Interleave(inside_graphs, kRuns, kLayers);
-    for (Graph* graph : inside_graphs) delete graph;
+    if (cublas.gemm) beside_graphs.push_back(chain(std::cref(cublas), false));
+    const std::vector<double> times = Interleave(beside_graphs, kRuns, kLayers);
+    for (Graph* graph : beside_graphs) delete graph;
     char line[200];
     std::string text;
-    for (size_t i = 0; i < inside_plans.size(); ++i) {
-      std::snprintf(line, sizeof line, " %s %.1f (%.3f)", Describe(inside_plans[i]).c_str(),
+    for (size_t i = 0; i < beside_plans.size(); ++i) {
+      std::snprintf(line, sizeof line, " %s %.1f (%.3f)", Describe(beside_plans[i]).c_str(),
                     times[i], cublas.gemm ? times[i] / times.back() : NAN);
       text += line;
     }
