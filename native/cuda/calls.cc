@@ -15,6 +15,7 @@
 #include <string>
 
 #include "native/backend.h"
+#include "native/cuda/few_sm90.h"
 #include "native/cuda/gemm_sm90.h"
 #include "native/cuda/kernels.h"
 
@@ -144,8 +145,8 @@ class Launcher {
   Factor a(bool transposed) const { return {call_.a, ElementOf(call_.dtype), transposed}; }
   Factor b(bool transposed) const { return {call_.b, ElementOf(call_.b_dtype), transposed}; }
 
-  // The layer as one product on Hopper's tensor cores, with the shrink beside it, or starting while
-  // the shrink still runs.
+  // The layer as one product on Hopper's tensor cores, with the shrink inside it (few rows), beside
+  // it, or before, the product starting while the shrink still runs.
   void Product(bool transposed, const void* x, float shrink_scaling, float expand_scaling,
                const void* bias, float* h, void* y) {
     const Sizes all = sizes(transposed);
@@ -171,6 +172,9 @@ class Launcher {
            " or operands that the Hopper product does not take");
     if (!ok()) return;
     const GemmShrink shrink = {a.data, shrink_scaling, expand_scaling, h, h16, scratch};
+    if (a.element == element() && FewSm90Serves(gemm, shrink)) {
+      return Did("few_sm90", FewSm90(gemm, shrink, stream_));
+    }
     if (a.element == element() && GemmSm90Shrinks(gemm, shrink)) {
       return Did("gemm_sm90", GemmSm90(gemm, shrink, stream_));
     }

@@ -1,5 +1,6 @@
-// In place of gemm_sm90.cu, where the library is built without CUTLASS.
+// In place of gemm_sm90.cu and few_sm90.cu, where the library is built without CUTLASS.
 
+#include "native/cuda/few_sm90.h"
 #include "native/cuda/gemm_sm90.h"
 
 namespace jax_fused_lora {
@@ -18,6 +19,12 @@ int64_t GemmSm90ShrinkScratch(int64_t /*m*/) { return 0; }
 bool GemmSm90Shrinks(const Gemm& /*gemm*/, const GemmShrink& /*shrink*/) { return false; }
 
 cudaError_t GemmSm90(const Gemm& /*gemm*/, const GemmShrink& /*shrink*/, cudaStream_t /*stream*/) {
+  return cudaErrorNotSupported;
+}
+
+bool FewSm90Serves(const Gemm& /*gemm*/, const GemmShrink& /*shrink*/) { return false; }
+
+cudaError_t FewSm90(const Gemm& /*gemm*/, const GemmShrink& /*shrink*/, cudaStream_t /*stream*/) {
   return cudaErrorNotSupported;
 }
 

@@ -20,9 +20,11 @@
 #include <cstring>
 #include <functional>
 #include <string>
+#include <utility>
 #include <type_traits>
 #include <vector>
 
+#include "native/cuda/few_sm90.h"
 #include "native/cuda/gemm_sm90.h"
 
 namespace jax_fused_lora {
@@ -198,16 +200,22 @@ __global__ void JudgeKernel(const T* y, const T* bias, const double* truth, cons
   }
 }
 
-int failed = 0, passed = 0, shrunk = 0;
+std::string Describe(const GemmPlan& plan) {
+  static const char* const kTiles[] = {"128x256", "256x128", "128x128pp"};
+  return std::string(kTiles[plan.tile]) + "/" + std::to_string(plan.swizzle) +
+         (plan.along_n ? "n" : "m");
+}
 
-// h beside the product: y and h, twice over, since what is ready when differs.
+int failed = 0, passed = 0, shrunk = 0, few = 0;
+
+// h beside the product, and all in one kernel: y and h, twice over, since what is ready when differs.
 template <class T>
 void TestShrink(int64_t m, int64_t k, int64_t n, int64_t r, cudaStream_t stream) {
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
   constexpr float kScaling = .25f, kH16Scaling = 4.f;
   if (r == 0) return;
   Buffer x(m * k * 2), w(k * n * 2), wt(k * n * 2), a(k * r * 2), at(k * r * 2), b(r * n * 2),
-      bt(r * n * 2);
+      bt(r * n * 2), bias(n * 2);
   Buffer h(m * r * 4), h16(m * GemmSm90Width(r) * 2), y(m * n * 2);
   Buffer scratch(GemmSm90ShrinkScratch(m) * 4);
   Buffer h_truth(m * r * 8), h_bound(m * r * 8), truth(m * n * 8), bound(m * n * 8);
@@ -216,6 +224,7 @@ void TestShrink(int64_t m, int64_t k, int64_t n, int64_t r, cudaStream_t stream)
   Fill<T>(w, k * n, 2, 1);
   Fill<T>(a, k * r, 3, 1);
   Fill<T>(b, r * n, 4, 1);
+  Fill<T>(bias, n, 5, 8);
   TransposeKernel<<<1024, 256>>>(w.get<T>(), k, n, wt.get<T>());
   TransposeKernel<<<1024, 256>>>(a.get<T>(), k, r, at.get<T>());
   TransposeKernel<<<1024, 256>>>(b.get<T>(), r, n, bt.get<T>());
@@ -241,22 +250,37 @@ void TestShrink(int64_t m, int64_t k, int64_t n, int64_t r, cudaStream_t stream)
                                h.get<float>(),
                                h16.get(),
                                scratch.get<float>()};
+    using Way = std::function<cudaError_t(const Gemm&)>;
+    std::vector<std::pair<std::string, Way>> ways;
     std::vector<GemmPlan> plans = {GemmSm90Plan(gemm, multiprocessors)};
     for (int tile = 0; tile < 3; ++tile) {
       for (bool along_n : {false, true}) plans.push_back({tile, 1, along_n});
     }
     for (const GemmPlan& plan : plans) {
       if (!GemmSm90Shrinks(gemm, shrink, plan, multiprocessors)) continue;
+      ways.push_back({"h beside, " + Describe(plan),
+                      [&, plan](const Gemm& gemm) { return GemmSm90(gemm, shrink, plan, stream); }});
+    }
+    shrunk += 2 * ways.size();
+    if (FewSm90Serves(gemm, shrink)) {
+      const Way way = [&](const Gemm& gemm) { return FewSm90(gemm, shrink, stream); };
+      ways.push_back({"in one kernel", way});
+      ways.push_back({"in one kernel, bias", way});
+      few += 4;
+    }
+    for (const auto& [name, way] : ways) {
+      gemm.bias = name.find("bias") != name.npos ? bias.get() : nullptr;
       std::vector<char> first;
       for (int turn = 0; turn < 2; ++turn) {
         for (const Buffer* buffer : {&y, &h, &h16}) buffer->Poison();
         if (turn == 0) scratch.Poison();  // then as the turn before has left it
         CHECK(cudaDeviceSynchronize());
-        CHECK(GemmSm90(gemm, shrink, plan, stream));
+        CHECK(way(gemm));
         CHECK(cudaDeviceSynchronize());
         CHECK(cudaMemset(verdict.get(), 0, sizeof(Verdict)));
-        JudgeKernel<T><<<1024, 256>>>(y.get<T>(), nullptr, truth.get<double>(), bound.get<double>(),
-                                      m, n, kBf16 ? 0x1p-8 : 0x1p-11, kBf16 ? 0x1p-126 : 0x1p-24,
+        JudgeKernel<T><<<1024, 256>>>(y.get<T>(), static_cast<const T*>(gemm.bias),
+                                      truth.get<double>(), bound.get<double>(), m, n,
+                                      kBf16 ? 0x1p-8 : 0x1p-11, kBf16 ? 0x1p-126 : 0x1p-24,
                                       verdict.get<Verdict>());
         JudgeKernel<float><<<1024, 256>>>(h.get<float>(), nullptr, h_truth.get<double>(),
                                           h_bound.get<double>(), m, r, 0x1p-24, 0,
@@ -271,15 +295,12 @@ void TestShrink(int64_t m, int64_t k, int64_t n, int64_t r, cudaStream_t stream)
         const bool whole = y.Whole() && h.Whole() && h16.Whole() && scratch.Whole();
         const bool ok = result.wrong == 0 && whole && now == first;
         ok ? ++passed : ++failed;
-        ++shrunk;
         if (!ok) {
-          std::printf(
-              "FAILED %s %lld x %lld -> %lld rank %lld tile %d %s %s h beside: %u entries "
-              "off%s%s\n",
-              kBf16 ? "bf16" : "f16", (long long)m, (long long)k, (long long)n, (long long)r,
-              plan.tile, plan.along_n ? "along n" : "along m",
-              transposed ? "transposed" : "straight", result.wrong, whole ? "" : ", wrote outside",
-              now == first ? "" : ", not the same again");
+          std::printf("FAILED %s %lld x %lld -> %lld rank %lld %s %s: %u entries off%s%s\n",
+                      kBf16 ? "bf16" : "f16", (long long)m, (long long)k, (long long)n,
+                      (long long)r, name.c_str(), transposed ? "transposed" : "straight",
+                      result.wrong, whole ? "" : ", wrote outside",
+                      now == first ? "" : ", not the same again");
         }
       }
     }
@@ -466,12 +487,6 @@ std::vector<double> Interleave(const std::vector<Graph*>& sides, int runs, int l
   return medians;
 }
 
-std::string Describe(const GemmPlan& plan) {
-  static const char* const kTiles[] = {"128x256", "256x128", "128x128pp"};
-  return std::string(kTiles[plan.tile]) + "/" + std::to_string(plan.swizzle) +
-         (plan.along_n ? "n" : "m");
-}
-
 std::vector<std::string> table;
 
 template <class T>
@@ -648,6 +663,60 @@ void TimeOverlap(int64_t m, int64_t width, int64_t r, cudaStream_t stream) {
   }
 }
 
+// Few rows: all in one kernel, h beside, and a kernel of h before, against cuBLAS's bare product.
+void TimeFew(int64_t m, int64_t width, int64_t r, bool transposed, cudaStream_t stream,
+             const Cublas& cublas) {
+  using T = __nv_bfloat16;
+  constexpr int kLayers = 16;
+  const float scale = 1 / std::sqrt(float(width));
+  Buffer x(m * width * 2), y(m * width * 2), z(m * width * 2), w(kLayers * width * width * 2);
+  Buffer a(kLayers * width * r * 2), b(kLayers * r * width * 2), h(m * r * 4);
+  Buffer h16(m * GemmSm90Width(r) * 2), scratch(GemmSm90ShrinkScratch(m) * 4);
+  Fill<T>(x, m * width, 1, 1);
+  Fill<T>(w, kLayers * width * width, 2, scale);
+  Fill<T>(a, kLayers * width * r, 3, scale);
+  Fill<T>(b, kLayers * r * width, 4, .1f / std::sqrt(float(r)));
+  CHECK(cudaDeviceSynchronize());
+  using Layer = std::function<void(const Gemm&, const GemmShrink&)>;
+  const auto chain = [&](const Layer& layer) {
+    return new Graph(stream, [&] {
+      const void* from = x.get();
+      for (int i = 0; i < kLayers; ++i) {
+        void* to = i % 2 ? y.get() : z.get();
+        layer({true, transposed, m, width, width, r, from, w.get<T>() + i * width * width, nullptr,
+               h16.get(), b.get<T>() + i * r * width, to},
+              {a.get<T>() + i * width * r, 1, 1, h.get<float>(), h16.get(), scratch.get<float>()});
+        from = to;
+      }
+    });
+  };
+  std::vector<Graph*> sides;
+  std::string text;
+  const auto side = [&](const char* name, const Layer& layer) {
+    sides.push_back(chain(layer));
+    text += (text.empty() ? " " : ", ") + std::string(name) + " %.1f";
+  };
+  const Gemm gemm = {true, transposed, m, width, width, r, x.get(), w.get(), nullptr, h16.get(),
+                     b.get(), y.get()};
+  const GemmShrink shrink = {a.get(), 1, 1, nullptr, nullptr, scratch.get<float>()};
+  if (cublas.gemm) side("cuBLAS", [&](const Gemm& g, const GemmShrink&) { cublas(g); });
+  if (FewSm90Serves(gemm, shrink)) {
+    side("one kernel", [&](const Gemm& g, const GemmShrink& s) { CHECK(FewSm90(g, s, stream)); });
+  }
+  if (GemmSm90Shrinks(gemm, shrink)) {
+    side("h beside", [&](const Gemm& g, const GemmShrink& s) { CHECK(GemmSm90(g, s, stream)); });
+  }
+  side("h given", [&](const Gemm& g, const GemmShrink&) { CHECK(GemmSm90(g, stream, false)); });
+  const std::vector<double> medians = Interleave(sides, 31, kLayers);
+  for (Graph* graph : sides) delete graph;
+  text = "%lld rows, %lld, rank %lld%s:" + text;
+  char line[300];
+  std::snprintf(line, sizeof line, text.c_str(), (long long)m, (long long)width, (long long)r,
+                transposed ? ", transposed" : "", medians[0], medians.size() > 1 ? medians[1] : 0,
+                medians.size() > 2 ? medians[2] : 0, medians.size() > 3 ? medians[3] : 0);
+  std::printf("%s\n", line);
+}
+
 int Main(int argc, char** argv) {
   cudaDeviceProp device;
   CHECK(cudaGetDeviceProperties(&device, 0));
@@ -670,6 +739,12 @@ int Main(int argc, char** argv) {
       {1, 1536, 4096, 8},    {129, 1544, 1672, 16}, {300, 2048, 1024, 24},  {515, 4104, 2056, 32},
       {640, 5000, 1288, 16}, {1000, 4096, 3000, 1}, {4099, 2000, 4096, 16}, {3000, 2048, 8192, 8},
   };
+  // Of few rows, for all in one kernel; the depth in one part where there are many columns.
+  constexpr int64_t kFewShapes[][4] = {
+      {5, 8, 8, 8},        {17, 72, 136, 8},   {16, 4096, 4096, 16}, {37, 200, 264, 24},
+      {64, 512, 1032, 64}, {63, 1000, 520, 40}, {65, 136, 776, 16},  {100, 2056, 4096, 32},
+      {33, 72, 8, 8},      {128, 4096, 1000, 64}, {40, 264, 9000, 8}, {128, 264, 9000, 16},
+  };
   const auto skip = [&](int64_t m, int64_t k, int64_t n) { return small && m * k * n > 4 << 20; };
   for (const auto& [m, k, n, r] : kShapes) {
     if (skip(m, k, n)) continue;
@@ -683,14 +758,30 @@ int Main(int argc, char** argv) {
     TestShrink<__nv_bfloat16>(m, k, n, r, stream);
     TestShrink<__half>(m, k, n, r, stream);
   }
-  std::printf("%d of them with h beside\n", shrunk);
-  if (shrunk == 0) ++failed;
+  for (const auto& [m, k, n, r] : kFewShapes) {
+    if (skip(m, k, n)) continue;
+    TestShrink<__nv_bfloat16>(m, k, n, r, stream);
+    TestShrink<__half>(m, k, n, r, stream);
+  }
+  std::printf("%d of them with h beside, %d in one kernel\n", shrunk, few);
+  if (shrunk == 0 || few == 0) ++failed;
   std::printf("%d results right, %d wrong\n", passed, failed);
   if (small || what == "values") return failed != 0;
 
   constexpr size_t kWorkspace = 64 << 20;
   Buffer workspace(kWorkspace);
   const Cublas cublas(stream, workspace, kWorkspace);
+  for (bool transposed : {false, true}) {
+    for (int64_t m : {1, 16, 32, 64, 96, 128, 192, 256, 384, 448}) {
+      TimeFew(m, 4096, 16, transposed, stream, cublas);
+    }
+  }
+  TimeFew(16, 1024, 16, false, stream, cublas);
+  TimeFew(64, 1024, 16, false, stream, cublas);
+  TimeFew(64, 4096, 64, false, stream, cublas);
+  TimeFew(128, 4096, 64, false, stream, cublas);
+  TimeFew(64, 8192, 16, false, stream, cublas);
+  if (what == "few") return failed != 0;
   for (int64_t m : {512, 2048, 8192}) {
     for (int64_t r : {16, 32, 64}) Time<__nv_bfloat16>(m, 4096, r, false, stream, cublas);
   }
