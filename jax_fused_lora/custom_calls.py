@@ -89,11 +89,12 @@ def backward(
         operands = (*operands[:5], _base(library, axes, g, rest[0], 1))
     count = math.prod(sizes.batch)
     slices = _row_slices(m) if library == "cpu" and count == 1 else 1
+    wide_b = lora_b.dtype == jnp.float32  # read where it lies, and dB of one slice is summed there
     floats = {
         "cpu": lambda: (
-            count * r * (m + slices * (k + n))
+            count * r * (m + slices * k + (slices > 1 or not wide_b) * slices * n)
             + _count(lora_a, axes) * r * _padded(k)
-            + _count(lora_b, axes) * r * n
+            + (not wide_b) * _count(lora_b, axes) * r * n
         ),
         "metal": lambda: r * m,  # t
         "cuda": lambda: load("cuda").workspace(m, k, n, r, form, grads),

@@ -118,14 +118,22 @@ _BACKWARD = {
 }
 
 
-_CUDA_FEW_ROWS = 16  # that one pass over W serves
-# Rows from which the product with the rank inside it beats XLA on an H100, 4096→4096, bfloat16,
-# rank 16: 0.82 of XLA's time at 512 rows, 0.82 at 2048, 0.81 at 8192; with the backward pass 0.88,
-# 0.87 and 0.86. Between 17 and 511 rows nothing was measured.
+# Of an H100, bfloat16, rank 16 unless said; the ratio to XLA's time forward, and with the backward
+# pass.
+#
+# Rows that one pass over W serves: 1 and 16 rows of 4096→4096 take 0.87 and 0.90 of XLA's time, of
+# 1024→1024 0.77 and 0.72; with the backward pass 1.05 and 0.95, 1.11 and 1.04.
+_CUDA_FEW_ROWS = 16
+# Rows that one kernel of the tensor cores serves, up to 64 ranks in whole 16 bytes. 4096→4096: 32
+# rows 0.78 and 0.85, 64 rows 0.69 and 0.74, 128 rows 0.74 and 0.79; 1024→1024: 64 rows 0.96 and
+# 0.81, 128 rows 0.70 and 0.85; 4096→11008: 0.85 and 0.78, 0.85 and 0.86; 4096→1024, rank 64: 0.86,
+# 1.01. Smaller layers were not measured.
+_CUDA_SOME_ROWS, _CUDA_FEW_RANK, _CUDA_FEW_WORK = 128, 64, 1 << 20
+_CUDA_SOME_ROWS_BACKWARD = 32
+# Rows from which the product with the rank inside it is ahead, 4096→4096: 512 rows 0.82 and 0.88,
+# 2048 rows 0.82 and 0.87, 8192 rows 0.81 and 0.86. Between, 192 rows take 1.15 and 1.10, 256 rows
+# 1.01 and 1.02.
 _CUDA_MANY_ROWS = 512
-# Up to 16 rows one pass over W takes 0.89 of XLA's time there. Smaller layers were not measured,
-# nor ranks that the one-launch kernel does not take; backward it loses.
-_CUDA_FEW_WORK, _CUDA_FEW_RANK = 1 << 24, 64
 
 
 def forward_form(
@@ -141,8 +149,9 @@ def forward_form(
     """
     if library == "cuda":
         product = product and _tma_takes(problem)
-        few = problem.rows <= _CUDA_FEW_ROWS and problem.rank <= _CUDA_FEW_RANK
-        wins = problem.rows >= _CUDA_MANY_ROWS or (few and problem.k * problem.n >= _CUDA_FEW_WORK)
+        measured = problem.rank <= _CUDA_FEW_RANK and problem.k * problem.n >= _CUDA_FEW_WORK
+        few = problem.rows <= _CUDA_FEW_ROWS and measured
+        wins = few or _some_rows(problem, 1) or problem.rows >= _CUDA_MANY_ROWS
         return _cuda_form(problem, product, wins, named)
     return _form(library, problem, _FORWARD, named)
 
@@ -154,7 +163,8 @@ def backward_form(
     if library == "cuda":
         # dx = g·Wᵀ + t·Aᵀ reads A as its rows lie, one rank after the other.
         takes = _tma_takes(problem) and problem.rank % 8 == 0
-        return _cuda_form(problem, product and takes, problem.rows >= _CUDA_MANY_ROWS, named)
+        wins = _some_rows(problem, _CUDA_SOME_ROWS_BACKWARD) or problem.rows >= _CUDA_MANY_ROWS
+        return _cuda_form(problem, product and takes, wins, named)
     return _form(library, problem, _BACKWARD, named)
 
 
@@ -178,6 +188,13 @@ def _cuda_form(problem: Problem, product: bool, wins: bool, named: bool) -> str:
     if problem.shared_kernel:  # "kernel" would sweep W for each adapter
         return "base"
     return "kernel" if product or problem.rows <= _CUDA_FEW_ROWS else "base"
+
+
+def _some_rows(problem: Problem, fewest: int) -> bool:
+    """Whether one kernel does all of the layer and is faster, from `fewest` rows on."""
+    ranks = problem.rank <= _CUDA_FEW_RANK and problem.rank % 8 == 0
+    rows = fewest <= problem.rows <= _CUDA_SOME_ROWS
+    return ranks and rows and problem.k * problem.n >= _CUDA_FEW_WORK
 
 
 def _tma_takes(problem: Problem) -> bool:

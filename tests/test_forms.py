@@ -24,7 +24,11 @@ def layer(rows, k=4096, n=4096, rank=16, dtype="bfloat16", has_kernel=True, wide
     [
         (1, "kernel", "xla"),
         (16, "kernel", "xla"),
-        (17, "xla", "xla"),
+        (17, "kernel", "xla"),
+        (31, "kernel", "xla"),
+        (32, "kernel", "kernel"),
+        (128, "kernel", "kernel"),
+        (129, "xla", "xla"),
         (511, "xla", "xla"),
         (512, "kernel", "kernel"),
     ],
@@ -33,7 +37,11 @@ def test_cuda_takes_by_default_what_it_is_faster_at(rows, forward, backward):
     assert both(layer(rows), product=True) == (forward, backward)
 
 
-@pytest.mark.parametrize("problem", [layer(1, k=1024), layer(1, rank=128)], ids=["small", "rank"])
+@pytest.mark.parametrize(
+    "problem",
+    [layer(1, k=248), layer(1, rank=128), layer(64, n=248), layer(64, rank=72)],
+    ids=["small", "rank", "some rows, small", "some rows, rank"],
+)
 def test_few_rows_that_were_not_measured_are_left_to_xla(problem):
     assert both(problem, product=True) == ("xla", "xla")
     assert both(problem, product=True, named=True) == ("kernel", "kernel")
@@ -60,7 +68,8 @@ def test_what_the_copy_engine_cannot_read_is_left_to_xla(problem):
     assert both(problem, product=True, named=True) == ("base", "base")
 
 
-def test_a_rank_of_no_whole_rows_is_left_to_xla_backward_only():
+def test_a_rank_of_no_whole_rows_is_left_to_xla_with_some_rows_and_backward():
+    assert both(layer(64, rank=12), product=True) == ("xla", "xla")
     assert both(layer(8192, rank=12), product=True) == ("kernel", "xla")
     assert both(layer(8192, rank=12), product=True, named=True) == ("kernel", "base")
 

@@ -276,7 +276,7 @@ class Backward {
     const int64_t count = c_.batch.count;
     if (need_t_) t_ = space->Take({count, c_.m, c_.r});
     if (c_.da) da_slices_ = space->Take({count, c_.slices, c_.r, c_.k});
-    if (c_.db) db_slices_ = space->Take({count, c_.slices, c_.r, c_.n});
+    if (c_.db && !sums_in_place_) db_slices_ = space->Take({count, c_.slices, c_.r, c_.n});
   }
 
   void Run(ffi::ThreadPool& pool) const {
@@ -286,7 +286,7 @@ class Backward {
     }
     const int64_t dx_units = product_ ? blocks_->count() : 0;
     const int64_t da_units = c_.da ? c_.batch.count * da_ranges_ : 0;
-    const int64_t db_units = c_.db ? c_.batch.count * db_ranges_ : 0;
+    const int64_t db_units = c_.db && !sums_in_place_ ? c_.batch.count * db_ranges_ : 0;
     const Phases::Sizes units = {at_.blocks() + b_.blocks(), c_.batch.count * c_.slices,
                                  dx_units + da_units + db_units};
     RunUnits(pool, c_.batch, units, work, /*backwards=*/false,
@@ -320,6 +320,7 @@ class Backward {
     void* dx = c_.dx.At(c_.batch, element);
     float* da = da_slices_ ? da_slices_ + unit * c_.r * c_.k : nullptr;
     float* db = db_slices_ ? db_slices_ + unit * c_.r * c_.n : nullptr;
+    if (c_.db && sums_in_place_) db = static_cast<float*>(c_.db.At(c_.batch, element));
     if (da) std::fill_n(da, c_.r * c_.k, 0.0f);
     if (db) std::fill_n(db, c_.r * c_.n, 0.0f);
     Scratch* scratch = ThreadScratch();
@@ -388,6 +389,7 @@ class Backward {
   const Kernels& kernels_ = KernelsFor(c_.dtype);
   const bool product_ = c_.dx && c_.form == Form::kKernel;
   const bool need_t_ = c_.dx || c_.da;
+  const bool sums_in_place_ = c_.slices == 1 && c_.b_dtype == ffi::DataType::F32;  // of dB
 
   const int64_t da_ranges_ = Blocks(c_.k, kSumColumns), db_ranges_ = Blocks(c_.r * c_.n, kSumSize);
 
