@@ -17,6 +17,7 @@
 #include "cutlass/numeric_types.h"
 #include "native/cuda/device.cuh"
 #include "native/cuda/few_sm90.h"
+#include "native/cuda/strides.cuh"
 
 namespace jax_fused_lora {
 namespace {
@@ -336,18 +337,6 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
       if (row < p.rows && rank < p.rank) p.h[row * p.rank + rank] = h(i);
     }
   }
-}
-
-// The distance of the rows of a right operand (columns, depth), `along` the depth or the columns.
-template <class Stride>
-Stride RightStride(int64_t row) {
-  Stride stride{};
-  if constexpr (std::is_same_v<std::decay_t<decltype(cute::get<0>(stride))>, int64_t>) {
-    cute::get<0>(stride) = row;
-  } else {
-    cute::get<1>(stride) = row;
-  }
-  return stride;
 }
 
 template <class Collective, class Shape>

@@ -71,6 +71,7 @@ cudaError_t LaunchGemm(const Gemm& gemm, const GemmPlan& plan, const unsigned* d
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
 #include "cutlass/numeric_types.h"
 #include "native/cuda/device.cuh"
+#include "native/cuda/strides.cuh"
 
 namespace jax_fused_lora {
 
@@ -396,18 +397,6 @@ struct Kernel {
   using Type = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int>, Mainloop, Epilogue,
                                                     cutlass::gemm::PersistentScheduler>;
 };
-
-// The distance of W's or B's rows, for (n, k) or (k, n).
-template <class Stride>
-Stride RightStride(int64_t row) {
-  Stride stride{};
-  if constexpr (std::is_same_v<std::decay_t<decltype(cute::get<0>(stride))>, int64_t>) {
-    cute::get<0>(stride) = row;
-  } else {
-    cute::get<1>(stride) = row;
-  }
-  return stride;
-}
 
 template <int tile, bool bf16, bool transposed>
 cudaError_t LaunchGemm(const Gemm& gemm, const GemmPlan& plan, const unsigned* done, int device,
