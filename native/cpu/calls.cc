@@ -326,17 +326,21 @@ class Backward {
     float* da = da_slices_ ? da_slices_ + unit * c_.r * c_.k : nullptr;
     float* db = db_slices_ ? db_slices_ + unit * c_.r * c_.n : nullptr;
     if (c_.db && sums_in_place_) db = static_cast<float*>(c_.db.At(c_.batch, element));
-    if (da) std::fill_n(da, c_.r * c_.k, 0.0f);
-    if (db) std::fill_n(db, c_.r * c_.n, 0.0f);
+    const int64_t begin = slice * slice_rows;
+    if (begin >= end) {
+      if (da) std::fill_n(da, c_.r * c_.k, 0.0f);
+      if (db) std::fill_n(db, c_.r * c_.n, 0.0f);
+    }
     Scratch* scratch = ThreadScratch();
-    for (int64_t m0 = slice * slice_rows; m0 < end; m0 += kRowBlock) {
+    for (int64_t m0 = begin; m0 < end; m0 += kRowBlock) {
       const int64_t rows = std::min(kRowBlock, end - m0);
+      const bool add = m0 > begin;
       const void* gm = At(g, m0 * c_.n, c_.dtype);
       const void* xm = At(x, m0 * c_.k, c_.dtype);
       float* tm = t_ ? t_ + (element * c_.m + m0) * c_.r : nullptr;
       if (need_t_) kernels_.shrink(gm, rows, c_.n, b, c_.r, c_.scaling, tm, scratch);
-      if (db) kernels_.outer(h + m0 * c_.r, rows, c_.r, gm, c_.n, c_.scaling, db, scratch);
-      if (da) kernels_.outer(tm, rows, c_.r, xm, c_.k, 1.0f, da, scratch);
+      if (db) kernels_.outer(h + m0 * c_.r, rows, c_.r, gm, c_.n, c_.scaling, add, db, scratch);
+      if (da) kernels_.outer(tm, rows, c_.r, xm, c_.k, 1.0f, add, da, scratch);
       if (c_.dx && !product_) {
         kernels_.expand(tm, rows, c_.r, at_.At(c_.batch, element).Read(), c_.k, 1.0f,
                         base ? base + m0 * c_.k : nullptr, c_.k, nullptr,

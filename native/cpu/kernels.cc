@@ -327,13 +327,13 @@ void Expand(const float* h, size_t m, size_t r, Panels<const float> b, size_t n,
 // g's rows lie far apart, and every tile of ranks reads them: for many ranks panels of g are packed
 // (Zen 3, float32, 36×2048, rank 64: 40 → 59 GFLOP/s; but rank 16: 38 → 34, bfloat16 60 → 45).
 template <class T>
-void Outer(const float* h, size_t m, size_t r, const void* g_, size_t n, float scale, float* out,
-           Scratch* scratch) {
+void Outer(const float* h, size_t m, size_t r, const void* g_, size_t n, float scale, bool add,
+           float* out, Scratch* scratch) {
   const T* g = static_cast<const T*>(g_);
   constexpr size_t kManyRanks = 32, kPanelDepth = Scratch::kPanelDepth;
   if (r < kManyRanks) {
     const auto panels = Panels<const T>::RowMajor(g, n, kPanel);
-    Nn<T, float>(r, n, m, {h, 1, r}, panels, scale, {out, n}, {out, n});
+    Nn<T, float>(r, n, m, {h, 1, r}, panels, scale, {add ? out : nullptr, n}, {out, n});
     return;
   }
   for (size_t i = 0; i < m; i += kPanelDepth) {
@@ -342,8 +342,8 @@ void Outer(const float* h, size_t m, size_t r, const void* g_, size_t n, float s
       const size_t columns = std::min(kPanel, n - j);
       const auto panel = Panels<float>::Packed(scratch->panel, rows, kPanel);
       PackRows<T>({g + i * n + j, n}, rows, columns, panel);
-      Nn<float, float>(r, columns, rows, {h + i * r, 1, r}, panel.Read(), scale, {out + j, n},
-                       {out + j, n});
+      Nn<float, float>(r, columns, rows, {h + i * r, 1, r}, panel.Read(), scale,
+                       {add || i > 0 ? out + j : nullptr, n}, {out + j, n});
     }
   }
 }

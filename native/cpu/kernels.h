@@ -90,8 +90,8 @@ struct Kernels {
                      float scale, const float* init, size_t init_row, const float* bias, void* y,
                      size_t y_row, Scratch* scratch);
 
-  // out (r, n) += scale · hᵀ · g, h (m, r), g (m, n).
-  void (*outer)(const float* h, size_t m, size_t r, const void* g, size_t n, float scale,
+  // out (r, n) = [out +] scale · hᵀ · g, h (m, r), g (m, n), m > 0.
+  void (*outer)(const float* h, size_t m, size_t r, const void* g, size_t n, float scale, bool add,
                 float* out, Scratch* scratch);
 
   // out (m, columns) = x (m, k)[:, k0:k1] · w (k, n)[k0:k1, j0 : j0 + columns], m ≤ kFew. Rows of

@@ -377,17 +377,20 @@ class Suite {
 
   void Outer(size_t m, size_t r, size_t n) {
     const float scale = 0.75f;
-    Block h = FloatIntegers(m * r), g = Integers(m * n), out = FloatIntegers(r * n);
-    Block expected = out.Copy();
-    for (size_t p = 0; p < r; ++p) {
-      for (size_t j = 0; j < n; ++j) {
-        double sum = 0;
-        for (size_t i = 0; i < m; ++i) sum += h[i * r + p] * g[i * n + j];
-        expected.Set(p * n + j, expected[p * n + j] + scale * sum);
+    Block h = FloatIntegers(m * r), g = Integers(m * n), before = FloatIntegers(r * n);
+    for (const bool add : {false, true}) {
+      if (m == 0 && !add) continue;
+      Block out = add ? before.Copy() : Floats(r * n), expected = out.Copy();
+      for (size_t p = 0; p < r; ++p) {
+        for (size_t j = 0; j < n; ++j) {
+          double sum = 0;
+          for (size_t i = 0; i < m; ++i) sum += h[i * r + p] * g[i * n + j];
+          expected.Set(p * n + j, (add ? before[p * n + j] : 0.0) + scale * sum);
+        }
       }
+      kernels_.outer(h.floats(), m, r, g.at(0), n, scale, add, out.floats(), PoisonedScratch());
+      Check(out == expected, storage_, "outer m=%zu r=%zu n=%zu add=%d", m, r, n, add);
     }
-    kernels_.outer(h.floats(), m, r, g.at(0), n, scale, out.floats(), PoisonedScratch());
-    Check(out == expected, storage_, "outer m=%zu r=%zu n=%zu", m, r, n);
   }
 
   void Stream(size_t m, size_t k, size_t n) {
