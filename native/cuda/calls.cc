@@ -160,8 +160,8 @@ class Launcher {
     if (shrinks && GemmSm90Shrinks(gemm, shrink)) {
       return Did("gemm_sm90", GemmSm90(gemm, shrink, stream_));
     }
-    Did("shrink", LaunchShrink(stream_, element(), all, x, a, shrink_scaling, h, shrink.h16,
-                               expand_scaling));
+    Did("shrink",
+        LaunchShrink(stream_, element(), all, x, a, shrink_scaling, h, shrink.h16, expand_scaling));
     if (ok()) Did("gemm_sm90", GemmSm90(gemm, stream_, /*programmatic_dependent=*/true));
   }
 

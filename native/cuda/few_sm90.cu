@@ -2,8 +2,8 @@
 //
 // So few rows do not keep the tensor cores busy; the time is what it takes to bring W to the
 // multiprocessors, and each of them reads all of x beside it. So each computes h for itself: the
-// tile of x that meets a tile of W meets one of A, too, which is 16 columns beside 64. The sums of h
-// are already where a warpgroup's left operand may lie, in its registers, so the rank is two more
+// tile of x that meets a tile of W meets one of A, too, which is 16 columns beside 64. The sums of
+// h are already where a warpgroup's left operand may lie, in its registers, so the rank is two more
 // wgmma for each 16 of them, and nobody waits for an h from elsewhere.
 //
 // A block has 64 columns of y and 64 or 128 rows. Where that leaves half of the multiprocessors
@@ -46,16 +46,15 @@ struct Few {
   // CUTLASS calls the left operand (x) A and the right one, be it W, A or B, B.
   template <int columns, int depth>
   using Collective = typename cutlass::gemm::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, RowMajor, 8, Element, LayoutW, 8,
-      float, cute::Shape<Int<kRows>, Int<columns>, Int<depth>>,
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, RowMajor, 8, Element, LayoutW,
+      8, float, cute::Shape<Int<kRows>, Int<columns>, Int<depth>>,
       cute::Shape<cute::_1, cute::_1, cute::_1>, cutlass::gemm::collective::StageCount<kStages>,
       std::conditional_t<kGroups == 2, cutlass::gemm::KernelTmaWarpSpecializedCooperative,
                          cutlass::gemm::KernelTmaWarpSpecialized>>::CollectiveOp;
   using OfW = Collective<kColumns, kDepth>;
   using OfA = Collective<kRanks, kDepth>;
   using OfB = Collective<kColumns, kRanks>;  // its left operand comes from registers
-  static constexpr auto kMajor =
-      transposed ? cute::GMMA::Major::K : cute::GMMA::Major::MN;
+  static constexpr auto kMajor = transposed ? cute::GMMA::Major::K : cute::GMMA::Major::MN;
   using MultiplyB = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<Element, Element, float,
                                  cute::Shape<Int<kRows>, Int<kColumns>, Int<kRanks>>,
@@ -152,14 +151,14 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
           copy_a.partition_S(tiles_of(p.a, p.rank, p.in, Shape<Int<kRanks>, Int<kDepth>>{}, 0));
       Tensor from_b = copy_b.partition_S(
           tiles_of(p.b, p.out, p.rank, Shape<Int<kColumns>, Int<kRanks>>{}, column_tile));
-      Tensor to_x = copy_x.partition_D(
-          make_tensor(make_smem_ptr(storage.x), typename OfW::SmemLayoutA{}));
-      Tensor to_w = copy_w.partition_D(
-          make_tensor(make_smem_ptr(storage.w), typename OfW::SmemLayoutB{}));
-      Tensor to_a = copy_a.partition_D(
-          make_tensor(make_smem_ptr(storage.a), typename OfA::SmemLayoutB{}));
-      Tensor to_b = copy_b.partition_D(
-          make_tensor(make_smem_ptr(storage.b), typename OfB::SmemLayoutB{}));
+      Tensor to_x =
+          copy_x.partition_D(make_tensor(make_smem_ptr(storage.x), typename OfW::SmemLayoutA{}));
+      Tensor to_w =
+          copy_w.partition_D(make_tensor(make_smem_ptr(storage.w), typename OfW::SmemLayoutB{}));
+      Tensor to_a =
+          copy_a.partition_D(make_tensor(make_smem_ptr(storage.a), typename OfA::SmemLayoutB{}));
+      Tensor to_b =
+          copy_b.partition_D(make_tensor(make_smem_ptr(storage.b), typename OfB::SmemLayoutB{}));
       const auto barrier_of = [](auto& barrier) -> uint64_t& {
         return *reinterpret_cast<uint64_t*>(&barrier);
       };
@@ -317,7 +316,8 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
     if (column >= p.out) continue;
     float bias[2] = {};
     if (p.bias != nullptr) {
-      bias[0] = static_cast<float>(p.bias[column]), bias[1] = static_cast<float>(p.bias[column + 1]);
+      bias[0] = static_cast<float>(p.bias[column]),
+      bias[1] = static_cast<float>(p.bias[column + 1]);
     }
     CUTLASS_PRAGMA_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -341,10 +341,10 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
 
 template <class Collective, class Shape>
 auto RightOperand(const void* data, int columns, int depth, int64_t row, Shape shape) {
-  auto matrix = cute::make_tensor(
-      static_cast<const typename Collective::ElementB*>(data),
-      cute::make_layout(cute::make_shape(columns, depth, 1),
-                        RightStride<typename Collective::StrideB>(row)));
+  auto matrix =
+      cute::make_tensor(static_cast<const typename Collective::ElementB*>(data),
+                        cute::make_layout(cute::make_shape(columns, depth, 1),
+                                          RightStride<typename Collective::StrideB>(row)));
   return cute::make_tma_copy_B_sm90(typename Collective::GmemTiledCopyB{}, matrix,
                                     typename Collective::SmemLayoutB{}(_, _, Int<0>{}), shape,
                                     cute::Shape<cute::_1, cute::_1, cute::_1>{});
@@ -357,16 +357,15 @@ cudaError_t LaunchFew(const Gemm& gemm, const GemmShrink& shrink, int multiproce
   using OfW = typename Own::OfW;
   const int m = static_cast<int>(gemm.m), k = static_cast<int>(gemm.k),
             n = static_cast<int>(gemm.n), r = static_cast<int>(gemm.r);
-  auto x = cute::make_tensor(static_cast<const Element*>(gemm.x),
-                             cute::make_layout(cute::make_shape(m, k, 1),
-                                               typename OfW::StrideA{gemm.k, {}, 0}));
+  auto x = cute::make_tensor(
+      static_cast<const Element*>(gemm.x),
+      cute::make_layout(cute::make_shape(m, k, 1), typename OfW::StrideA{gemm.k, {}, 0}));
   const int64_t column_tiles = CeilDiv(gemm.n, kColumns), row_tiles = CeilDiv(gemm.m, kRows);
   const int parts = column_tiles * row_tiles * 2 <= multiprocessors ? 2 : 1;
   const typename Own::Params params = {
-      cute::make_tma_copy_A_sm90(typename OfW::GmemTiledCopyA{}, x,
-                                 typename OfW::SmemLayoutA{}(_, _, Int<0>{}),
-                                 typename OfW::TileShape{},
-                                 cute::Shape<cute::_1, cute::_1, cute::_1>{}),
+      cute::make_tma_copy_A_sm90(
+          typename OfW::GmemTiledCopyA{}, x, typename OfW::SmemLayoutA{}(_, _, Int<0>{}),
+          typename OfW::TileShape{}, cute::Shape<cute::_1, cute::_1, cute::_1>{}),
       RightOperand<OfW>(gemm.w, n, k, transposed ? gemm.k : gemm.n, typename OfW::TileShape{}),
       RightOperand<typename Own::OfA>(shrink.a, r, k, transposed ? gemm.k : gemm.r,
                                       typename Own::OfA::TileShape{}),

@@ -255,10 +255,11 @@ struct WithRank : Mainloop {
   // From the warp that waits for h16 to the thread that fetches it. Atomic, so that racecheck does
   // not take a flag for a race.
   CUTLASS_DEVICE static void StoreReady(TensorStorage& stages, int tiles) {
-    asm volatile("{\n.reg .b32 before;\natom.release.cta.shared.exch.b32 before, [%0], %1;\n}" ::"r"(
-                     SharedAddress(&stages.ready)),
-                 "r"(tiles)
-                 : "memory");
+    asm volatile(
+        "{\n.reg .b32 before;\natom.release.cta.shared.exch.b32 before, [%0], %1;\n}" ::"r"(
+            SharedAddress(&stages.ready)),
+        "r"(tiles)
+        : "memory");
   }
   CUTLASS_DEVICE static void WaitForReady(TensorStorage& stages, int tiles) {
     int now;

@@ -20,8 +20,8 @@
 #include <cstring>
 #include <functional>
 #include <string>
-#include <utility>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "native/cuda/few_sm90.h"
@@ -208,7 +208,8 @@ std::string Describe(const GemmPlan& plan) {
 
 int failed = 0, passed = 0, shrunk = 0, few = 0;
 
-// h beside the product, and all in one kernel: y and h, twice over, since what is ready when differs.
+// h beside the product, and all in one kernel: y and h, twice over, since what is ready when
+// differs.
 template <class T>
 void TestShrink(int64_t m, int64_t k, int64_t n, int64_t r, cudaStream_t stream) {
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
@@ -258,8 +259,9 @@ void TestShrink(int64_t m, int64_t k, int64_t n, int64_t r, cudaStream_t stream)
     }
     for (const GemmPlan& plan : plans) {
       if (!GemmSm90Shrinks(gemm, shrink, plan, multiprocessors)) continue;
-      ways.push_back({"h beside, " + Describe(plan),
-                      [&, plan](const Gemm& gemm) { return GemmSm90(gemm, shrink, plan, stream); }});
+      ways.push_back({"h beside, " + Describe(plan), [&, plan](const Gemm& gemm) {
+                        return GemmSm90(gemm, shrink, plan, stream);
+                      }});
     }
     shrunk += 2 * ways.size();
     if (FewSm90Serves(gemm, shrink)) {
@@ -278,10 +280,9 @@ void TestShrink(int64_t m, int64_t k, int64_t n, int64_t r, cudaStream_t stream)
         CHECK(way(gemm));
         CHECK(cudaDeviceSynchronize());
         CHECK(cudaMemset(verdict.get(), 0, sizeof(Verdict)));
-        JudgeKernel<T><<<1024, 256>>>(y.get<T>(), static_cast<const T*>(gemm.bias),
-                                      truth.get<double>(), bound.get<double>(), m, n,
-                                      kBf16 ? 0x1p-8 : 0x1p-11, kBf16 ? 0x1p-126 : 0x1p-24,
-                                      verdict.get<Verdict>());
+        JudgeKernel<T><<<1024, 256>>>(
+            y.get<T>(), static_cast<const T*>(gemm.bias), truth.get<double>(), bound.get<double>(),
+            m, n, kBf16 ? 0x1p-8 : 0x1p-11, kBf16 ? 0x1p-126 : 0x1p-24, verdict.get<Verdict>());
         JudgeKernel<float><<<1024, 256>>>(h.get<float>(), nullptr, h_truth.get<double>(),
                                           h_bound.get<double>(), m, r, 0x1p-24, 0,
                                           verdict.get<Verdict>());
@@ -696,8 +697,8 @@ void TimeFew(int64_t m, int64_t width, int64_t r, bool transposed, cudaStream_t 
     sides.push_back(chain(layer));
     text += (text.empty() ? " " : ", ") + std::string(name) + " %.1f";
   };
-  const Gemm gemm = {true, transposed, m, width, width, r, x.get(), w.get(), nullptr, h16.get(),
-                     b.get(), y.get()};
+  const Gemm gemm = {true,    transposed, m,       width,     width,   r,
+                     x.get(), w.get(),    nullptr, h16.get(), b.get(), y.get()};
   const GemmShrink shrink = {a.get(), 1, 1, nullptr, nullptr, scratch.get<float>()};
   if (cublas.gemm) side("cuBLAS", [&](const Gemm& g, const GemmShrink&) { cublas(g); });
   if (FewSm90Serves(gemm, shrink)) {
@@ -741,9 +742,9 @@ int Main(int argc, char** argv) {
   };
   // Of few rows, for all in one kernel; the depth in one part where there are many columns.
   constexpr int64_t kFewShapes[][4] = {
-      {5, 8, 8, 8},        {17, 72, 136, 8},   {16, 4096, 4096, 16}, {37, 200, 264, 24},
-      {64, 512, 1032, 64}, {63, 1000, 520, 40}, {65, 136, 776, 16},  {100, 2056, 4096, 32},
-      {33, 72, 8, 8},      {128, 4096, 1000, 64}, {40, 264, 9000, 8}, {128, 264, 9000, 16},
+      {5, 8, 8, 8},        {17, 72, 136, 8},      {16, 4096, 4096, 16}, {37, 200, 264, 24},
+      {64, 512, 1032, 64}, {63, 1000, 520, 40},   {65, 136, 776, 16},   {100, 2056, 4096, 32},
+      {33, 72, 8, 8},      {128, 4096, 1000, 64}, {40, 264, 9000, 8},   {128, 264, 9000, 16},
   };
   const auto skip = [&](int64_t m, int64_t k, int64_t n) { return small && m * k * n > 4 << 20; };
   for (const auto& [m, k, n, r] : kShapes) {
