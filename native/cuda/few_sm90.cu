@@ -316,7 +316,7 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
     if (column >= p.out) continue;
     float bias[2] = {};
     if (p.bias != nullptr) {
-      bias[0] = static_cast<float>(p.bias[column]),
+      bias[0] = static_cast<float>(p.bias[column]);
       bias[1] = static_cast<float>(p.bias[column + 1]);
     }
     CUTLASS_PRAGMA_UNROLL
