@@ -127,7 +127,7 @@ struct ForwardCall : Call {
 
 // t = scaling · g·Bᵀ,  dx = [g·Wᵀ | base] + t·Aᵀ,  dA = xᵀ·t,  dB = scaling · hᵀ·g
 struct BackwardCall : Call {
-  int64_t slices = 1;         // dA and dB are summed over this many row slices, then over these
+  int64_t slices = 1;         // of rows, on the CPU: each sums dA and dB, and then these are summed
   Batched<const void> g;      // (m, n)
   Batched<const float> h;     // (m, r)
   Batched<const float> base;  // (m, k), form kBase

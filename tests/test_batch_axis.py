@@ -99,7 +99,8 @@ def floats(native, call, axes, sizes, form, slices, grads):
     padded = {letter: -(-sizes[letter] // 64) * 64 for letter in "kn"}
     if call == "lora_backward":
         factors = own["lora_a"] * r * padded["k"] + own["lora_b"] * r * n
-        return count * m * r + factors + count * slices * r * (k + n)
+        sums = slices * (k + n) if slices > 1 else 0
+        return count * r * (m + sums) + factors
     products, rows = (1, own["x"] * m) if own.get("kernel") == 1 else (count, m)
     product = products * rows * n if form == "kernel" and rows <= 4 else 0  # few rows are streamed
     factors = own["lora_a"] * r * k + own["lora_b"] * r * padded["n"] + own.get("bias", 0) * n

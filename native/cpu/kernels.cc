@@ -327,13 +327,14 @@ void Expand(const float* h, size_t m, size_t r, Panels<const float> b, size_t n,
 // g's rows lie far apart, and every tile of ranks reads them: for many ranks panels of g are packed
 // (Zen 3, float32, 36×2048, rank 64: 40 → 59 GFLOP/s; but rank 16: 38 → 34, bfloat16 60 → 45).
 template <class T>
-void Outer(const float* h, size_t m, size_t r, const void* g_, size_t n, float scale, bool add,
-           float* out, Scratch* scratch) {
+void Outer(const float* h, size_t h_row, size_t m, size_t r, const void* g_, size_t g_row, size_t n,
+           float scale, bool add, float* out, size_t out_row, Scratch* scratch) {
   const T* g = static_cast<const T*>(g_);
   constexpr size_t kManyRanks = 32, kPanelDepth = Scratch::kPanelDepth;
   if (r < kManyRanks) {
-    const auto panels = Panels<const T>::RowMajor(g, n, kPanel);
-    Nn<T, float>(r, n, m, {h, 1, r}, panels, scale, {add ? out : nullptr, n}, {out, n});
+    const auto panels = Panels<const T>::RowMajor(g, g_row, kPanel);
+    Nn<T, float>(r, n, m, {h, 1, h_row}, panels, scale, {add ? out : nullptr, out_row},
+                 {out, out_row});
     return;
   }
   for (size_t i = 0; i < m; i += kPanelDepth) {
@@ -341,19 +342,20 @@ void Outer(const float* h, size_t m, size_t r, const void* g_, size_t n, float s
     for (size_t j = 0; j < n; j += kPanel) {
       const size_t columns = std::min(kPanel, n - j);
       const auto panel = Panels<float>::Packed(scratch->panel, rows, kPanel);
-      PackRows<T>({g + i * n + j, n}, rows, columns, panel);
-      Nn<float, float>(r, columns, rows, {h + i * r, 1, r}, panel.Read(), scale,
-                       {add || i > 0 ? out + j : nullptr, n}, {out + j, n});
+      PackRows<T>({g + i * g_row + j, g_row}, rows, columns, panel);
+      Nn<float, float>(r, columns, rows, {h + i * h_row, 1, h_row}, panel.Read(), scale,
+                       {add || i > 0 ? out + j : nullptr, out_row}, {out + j, out_row});
     }
   }
 }
 
 template <class T>
-void Sum(const float* partial, size_t slices, size_t stride, size_t i0, size_t i1, void* out_) {
+void Sum(const float* first, const float* rest, size_t slices, size_t stride, size_t i0, size_t i1,
+         void* out_) {
   T* out = static_cast<T*>(out_);
   const auto sum = [&](size_t i, auto load) HWY_ATTR {
-    VF total = load(partial + i);
-    for (size_t s = 1; s < slices; ++s) total = hn::Add(total, load(partial + s * stride + i));
+    VF total = load(first + i);
+    for (size_t s = 0; s < slices; ++s) total = hn::Add(total, load(rest + s * stride + i));
     return total;
   };
   size_t i = i0;
@@ -430,7 +432,7 @@ void ExpandFew(const float* h, size_t m, size_t r, const float* b, size_t b_row,
     }
     if constexpr (!std::is_same<T, float>::value) {
       for (size_t i = 0; i < m; ++i) {
-        Sum<T>(out.data + i * out.row, 1, 0, 0, columns, y + i * y_row + j);
+        Sum<T>(out.data + i * out.row, nullptr, 0, 0, 0, columns, y + i * y_row + j);
       }
     }
   }
@@ -592,29 +594,32 @@ void LayerTransposed(const void* g, size_t m, size_t n, const void* w, size_t k0
 void Gather(const float* partial, size_t slices, size_t stride, size_t m, size_t partial_row,
             size_t columns, float* out) {
   for (size_t i = 0; i < m; ++i) {
-    Sum<float>(partial + i * partial_row, slices, stride, 0, columns, out + i * columns);
+    const float* first = partial + i * partial_row;
+    const float* rest = slices > 1 ? first + stride : nullptr;
+    Sum<float>(first, rest, slices - 1, stride, 0, columns, out + i * columns);
   }
 }
 
 template <class T>
-void SumTransposed(const float* partial, size_t slices, size_t stride, size_t k, size_t r,
-                   size_t k0, size_t k1, void* out_) {
+void SumTransposed(const float* partial, size_t slices, size_t stride, size_t partial_row, size_t r,
+                   size_t n, void* out_, size_t out_row) {
   T* out = static_cast<T*>(out_);
   constexpr size_t kRows = 64, kRanks = 64;  // of `out`, taken at a time
   HWY_ALIGN float sums[kRanks * kRows], turned[kRows * kRanks];
-  for (size_t p = k0; p < k1; p += kRows) {
-    const size_t rows = std::min(kRows, k1 - p);
+  for (size_t p = 0; p < n; p += kRows) {
+    const size_t rows = std::min(kRows, n - p);
     for (size_t r0 = 0; r0 < r; r0 += kRanks) {
       const size_t ranks = std::min(kRanks, r - r0);
-      Gather(partial + r0 * k + p, slices, stride, ranks, k, rows, sums);
-      T* to = out + p * r + r0;
+      const float* from = partial + r0 * partial_row + p;
+      Gather(from, slices, stride, ranks, partial_row, rows, sums);
+      T* to = out + p * out_row + r0;
       if constexpr (std::is_same<T, float>::value) {
-        TransposeFloats({sums, rows}, ranks, rows, {to, r});
+        TransposeFloats({sums, rows}, ranks, rows, {to, out_row});
       } else {
         TransposeFloats({sums, rows}, ranks, rows, {turned, ranks});
-        const size_t together = Together(ranks, r, rows);
+        const size_t together = Together(ranks, out_row, rows);
         for (size_t i = 0; i < rows; i += together) {
-          Sum<T>(turned + i * ranks, 1, 0, 0, together * ranks, to + i * r);
+          Sum<T>(turned + i * ranks, nullptr, 0, 0, 0, together * ranks, to + i * out_row);
         }
       }
     }

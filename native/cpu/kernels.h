@@ -90,9 +90,10 @@ struct Kernels {
                      float scale, const float* init, size_t init_row, const float* bias, void* y,
                      size_t y_row, Scratch* scratch);
 
-  // out (r, n) = [out +] scale · hᵀ · g, h (m, r), g (m, n), m > 0.
-  void (*outer)(const float* h, size_t m, size_t r, const void* g, size_t n, float scale, bool add,
-                float* out, Scratch* scratch);
+  // out (r, n) = [out +] scale · hᵀ · g, h (m, r), g (m, n), m > 0, their rows h_row, g_row and
+  // out_row apart.
+  void (*outer)(const float* h, size_t h_row, size_t m, size_t r, const void* g, size_t g_row,
+                size_t n, float scale, bool add, float* out, size_t out_row, Scratch* scratch);
 
   // out (m, columns) = x (m, k)[:, k0:k1] · w (k, n)[k0:k1, j0 : j0 + columns], m ≤ kFew. Rows of
   // out are out_row apart.
@@ -122,12 +123,14 @@ struct Kernels {
                            size_t columns, const LowRank& low_rank, void* dx, size_t dx_row,
                            Scratch* scratch);
 
-  // out[i0:i1] = Σ over `slices` of partial[slice · stride + i].
-  void (*sum)(const float* partial, size_t slices, size_t stride, size_t i0, size_t i1, void* out);
+  // out[i0:i1] = first[i] + Σ over `slices` of rest[slice · stride + i]; `first` may be out.
+  void (*sum)(const float* first, const float* rest, size_t slices, size_t stride, size_t i0,
+              size_t i1, void* out);
 
-  // out (k, r)[k0:k1] = Σ over `slices` of partialᵀ, partial (r, k).
-  void (*sum_transposed)(const float* partial, size_t slices, size_t stride, size_t k, size_t r,
-                         size_t k0, size_t k1, void* out);
+  // out (n, r) = Σ over `slices` of partialᵀ, partial (r, n) and `stride` apart. Rows of partial
+  // are partial_row apart, of out out_row.
+  void (*sum_transposed)(const float* partial, size_t slices, size_t stride, size_t partial_row,
+                         size_t r, size_t n, void* out, size_t out_row);
 };
 
 enum class Storage { kFloat32, kBfloat16, kFloat16 };
