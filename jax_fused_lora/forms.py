@@ -130,9 +130,11 @@ _CUDA_FEW_ROWS = 16
 # 1.01. Smaller layers were not measured.
 _CUDA_SOME_ROWS, _CUDA_FEW_RANK, _CUDA_FEW_WORK = 128, 64, 1 << 20
 _CUDA_SOME_ROWS_BACKWARD = 32
-# Rows from which the product with the rank inside it is ahead, 4096→4096: 512 rows 0.82 and 0.88,
-# 2048 rows 0.82 and 0.87, 8192 rows 0.81 and 0.86. Between, 192 rows take 1.15 and 1.10, 256 rows
-# 1.01 and 1.02.
+# More of them, up to 32 ranks and 4096 wide: 160 to 256 rows of 4096→4096 1.00 to 0.91 and 0.98 to
+# 0.91 (rank 32: 1.00 to 0.95, 1.03 to 0.99), of 2048→2048 0.72 to 0.63 and 0.86 to 0.75, of
+# 1024→1024 0.72 to 0.59 and 0.85 to 0.78. But 11008→4096: 1.07 to 0.98 and 1.04.
+_CUDA_MORE_ROWS, _CUDA_MORE_RANK, _CUDA_MORE_WIDTH = 256, 32, 4096
+# Rows from which the product with the rank inside it may be ahead; `_many_rows` says where it is.
 _CUDA_MANY_ROWS = 512
 
 
@@ -151,7 +153,7 @@ def forward_form(
         product = product and _tma_takes(problem)
         measured = problem.rank <= _CUDA_FEW_RANK and problem.k * problem.n >= _CUDA_FEW_WORK
         few = problem.rows <= _CUDA_FEW_ROWS and measured
-        wins = few or _some_rows(problem, 1) or problem.rows >= _CUDA_MANY_ROWS
+        wins = few or _some_rows(problem, 1) or _many_rows(problem, problem.k, problem.n)
         return _cuda_form(problem, product, wins, named)
     return _form(library, problem, _FORWARD, named)
 
@@ -163,7 +165,8 @@ def backward_form(
     if library == "cuda":
         # dx = g·Wᵀ + t·Aᵀ reads A as its rows lie, one rank after the other.
         takes = _tma_takes(problem) and problem.rank % 8 == 0
-        wins = _some_rows(problem, _CUDA_SOME_ROWS_BACKWARD) or problem.rows >= _CUDA_MANY_ROWS
+        some = _some_rows(problem, _CUDA_SOME_ROWS_BACKWARD)
+        wins = some or _many_rows(problem, problem.n, problem.k)
         return _cuda_form(problem, product and takes, wins, named)
     return _form(library, problem, _BACKWARD, named)
 
@@ -192,9 +195,36 @@ def _cuda_form(problem: Problem, product: bool, wins: bool, named: bool) -> str:
 
 def _some_rows(problem: Problem, fewest: int) -> bool:
     """Whether one kernel does all of the layer and is faster, from `fewest` rows on."""
-    ranks = problem.rank <= _CUDA_FEW_RANK and problem.rank % 8 == 0
-    rows = fewest <= problem.rows <= _CUDA_SOME_ROWS
-    return ranks and rows and problem.k * problem.n >= _CUDA_FEW_WORK
+    rows, rank, work = problem.rows, problem.rank, problem.k * problem.n
+    some = rows <= _CUDA_SOME_ROWS and rank <= _CUDA_FEW_RANK
+    narrow = max(problem.k, problem.n) <= _CUDA_MORE_WIDTH
+    more = rows <= _CUDA_MORE_ROWS and rank <= _CUDA_MORE_RANK and narrow
+    return rows >= fewest and (some or more) and rank % 8 == 0 and work >= _CUDA_FEW_WORK
+
+
+def _many_rows(problem: Problem, depth: int, columns: int) -> bool:
+    """Whether the product (rows, columns) over `depth` with the rank inside it is faster.
+
+    It goes in rounds, one tile of 128×128 or two for each of an H100's multiprocessors. The last
+    round must not be too empty, or XLA's smaller tiles win: 4096→4096, 640 rows take 1.25 and with
+    the backward pass 1.27 of XLA's time, 768 rows 0.99 and 1.04, 1280 rows 1.05 and 1.03; but 512
+    rows 0.82 and 0.89, 1024 rows 0.81 and 0.93, 1536 rows 0.84 and 0.90, 8192 rows 0.81 and 0.86;
+    512 rows of 4096→11008 0.88 and 0.95. And h must be ready in time, beside a product that is long
+    (1024 rows of 2048→2048 take 1.06 and 1.08, 2048 rows of 1024→1024 1.01 and 1.05; 2048 rows of
+    2048→2048 0.89 and 0.93, of 1024→4096 0.79 and 0.87) or leaves half of the multiprocessors free
+    (512 rows of 2048→2048 0.73 and 0.92, of 4096→1024 0.85, 1024 rows of 1024→1024 0.86 and 0.90).
+    """
+    if problem.rows < _CUDA_MANY_ROWS or problem.k * problem.n < _CUDA_FEW_WORK:
+        return False
+    multiprocessors, tile = 132, 128
+
+    def rounds(width: int) -> int:
+        return -(-(-(-problem.rows // tile) * -(-columns // width)) // multiprocessors)
+
+    lasts = min(1.1 * rounds(tile), 2 * rounds(2 * tile))  # as long as so many tiles
+    tiles = problem.rows * columns / tile**2
+    full = tiles >= 0.75 * lasts * multiprocessors
+    return tiles <= multiprocessors / 2 or (full and lasts * depth >= 4096)
 
 
 def _tma_takes(problem: Problem) -> bool:

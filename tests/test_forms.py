@@ -28,9 +28,15 @@ def layer(rows, k=4096, n=4096, rank=16, dtype="bfloat16", has_kernel=True, wide
         (31, "kernel", "xla"),
         (32, "kernel", "kernel"),
         (128, "kernel", "kernel"),
-        (129, "xla", "xla"),
+        (129, "kernel", "kernel"),
+        (256, "kernel", "kernel"),
+        (257, "xla", "xla"),
         (511, "xla", "xla"),
         (512, "kernel", "kernel"),
+        (640, "xla", "xla"),  # a second round of tiles for 28 of 160
+        (1024, "kernel", "kernel"),
+        (1280, "xla", "xla"),
+        (8192, "kernel", "kernel"),
     ],
 )
 def test_cuda_takes_by_default_what_it_is_faster_at(rows, forward, backward):
@@ -38,9 +44,33 @@ def test_cuda_takes_by_default_what_it_is_faster_at(rows, forward, backward):
 
 
 @pytest.mark.parametrize(
+    ("problem", "forward", "backward"),
+    [
+        (layer(512, k=2048, n=2048), "kernel", "kernel"),
+        (layer(512, k=4096, n=1024), "kernel", "xla"),  # dx has 128 tiles of depth 1024
+        (layer(512, k=1024, n=4096), "xla", "kernel"),
+        (layer(1024, k=2048, n=2048), "xla", "xla"),
+        (layer(2048, k=2048, n=2048), "kernel", "kernel"),
+        (layer(2048, k=1024, n=1024), "xla", "xla"),
+        (layer(512, k=4096, n=11008), "kernel", "kernel"),
+    ],
+)
+def test_h_is_ready_in_time_beside_a_long_product_or_a_small_one(problem, forward, backward):
+    assert both(problem, product=True) == (forward, backward)
+
+
+@pytest.mark.parametrize(
     "problem",
-    [layer(1, k=248), layer(1, rank=128), layer(64, n=248), layer(64, rank=72)],
-    ids=["small", "rank", "some rows, small", "some rows, rank"],
+    [
+        layer(1, k=248),
+        layer(1, rank=128),
+        layer(64, n=248),
+        layer(64, rank=72),
+        layer(192, rank=40),
+        layer(192, k=11008),
+        layer(2048, n=248),
+    ],
+    ids=["small", "rank", "some, small", "some, rank", "more, rank", "more, wide", "many, small"],
 )
 def test_few_rows_that_were_not_measured_are_left_to_xla(problem):
     assert both(problem, product=True) == ("xla", "xla")

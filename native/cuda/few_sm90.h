@@ -7,7 +7,7 @@
 namespace jax_fused_lora {
 
 // Whether the kernel takes a call that GemmSm90Serves, with A and h of `shrink`: up to 128 rows and
-// 64 ranks, in whole 16 bytes.
+// 64 ranks, or 256 rows of up to 4224 columns and 32 ranks; ranks in whole 16 bytes.
 bool FewSm90Serves(const Gemm& gemm, const GemmShrink& shrink);
 
 // y and shrink.h; h16 and the scratch memory are not touched.

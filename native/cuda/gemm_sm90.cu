@@ -189,9 +189,12 @@ struct WithRank : Mainloop {
     if (!elect_one_sync()) return;
 
     // A TMA tensor is made of coordinates, so those of x serve h16 and those of W the factor.
+    // Where the tiles are odd in number, one of a cluster lies outside: it has the last one's,
+    // which takes less time than zeros (384 rows, W 4096→4096: 33.3 → 26.9 µs).
     auto [m_tile, n_tile, unused, batch] = coord;
-    Tensor left = get<0>(inputs)(_, _, m_tile, _, batch);   // (BLK_M, BLK_K, k)
-    Tensor right = get<1>(inputs)(_, _, n_tile, _, batch);  // (BLK_N, BLK_K, k)
+    const auto inside = [](int tile, auto const& tiles) { return min(tile, size<2>(tiles) - 1); };
+    Tensor left = get<0>(inputs)(_, _, inside(m_tile, get<0>(inputs)), _, batch);
+    Tensor right = get<1>(inputs)(_, _, inside(n_tile, get<1>(inputs)), _, batch);
 
     // The blocks of a cluster that share a tile fetch a part of it each, for all of them.
     Layout cluster = Layout<ClusterShape>{};

@@ -745,6 +745,7 @@ int Main(int argc, char** argv) {
       {5, 8, 8, 8},        {17, 72, 136, 8},      {16, 4096, 4096, 16}, {37, 200, 264, 24},
       {64, 512, 1032, 64}, {63, 1000, 520, 40},   {65, 136, 776, 16},   {100, 2056, 4096, 32},
       {33, 72, 8, 8},      {128, 4096, 1000, 64}, {40, 264, 9000, 8},   {128, 264, 9000, 16},
+      {129, 264, 136, 8},  {200, 1000, 1032, 24}, {256, 512, 4096, 32}, {250, 328, 3000, 16},
   };
   const auto skip = [&](int64_t m, int64_t k, int64_t n) { return small && m * k * n > 4 << 20; };
   for (const auto& [m, k, n, r] : kShapes) {
@@ -773,7 +774,7 @@ int Main(int argc, char** argv) {
   Buffer workspace(kWorkspace);
   const Cublas cublas(stream, workspace, kWorkspace);
   for (bool transposed : {false, true}) {
-    for (int64_t m : {1, 16, 32, 64, 96, 128, 192, 256, 384, 448}) {
+    for (int64_t m : {1, 16, 32, 64, 96, 128, 160, 192, 256, 384, 448, 640, 1000}) {
       TimeFew(m, 4096, 16, transposed, stream, cublas);
     }
   }
@@ -782,6 +783,8 @@ int Main(int argc, char** argv) {
   TimeFew(64, 4096, 64, false, stream, cublas);
   TimeFew(128, 4096, 64, false, stream, cublas);
   TimeFew(64, 8192, 16, false, stream, cublas);
+  TimeFew(256, 2048, 16, false, stream, cublas);
+  TimeFew(256, 4096, 32, false, stream, cublas);
   if (what == "few") return failed != 0;
   for (int64_t m : {512, 2048, 8192}) {
     for (int64_t r : {16, 32, 64}) Time<__nv_bfloat16>(m, 4096, r, false, stream, cublas);
