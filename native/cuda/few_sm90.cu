@@ -6,7 +6,7 @@
 // h are already where a warpgroup's left operand may lie, in its registers, so the rank is two more
 // wgmma for each 16 of them, and nobody waits for an h from elsewhere.
 //
-// A block has 64 or 128 columns of y and as many rows. Where that leaves half of the
+// A block has 64 columns of y and 64 or 128 rows, or 128 of each. Where that leaves half of the
 // multiprocessors idle, two blocks, a cluster, share the depth. Each adds the rank's part of its
 // own h, the product being linear; then they exchange halves of y, by registers: a thread of one
 // block has what the same thread of the other has.
