@@ -44,7 +44,7 @@ def forward(
             _count(lora_a, axes) * r * k
             + _count(lora_b, axes) * r * _padded(n)
             + sum(_count(bias, axes) for bias in rest[1:]) * n
-            + few * slices * sizes.products * sizes.product_rows * n
+            + few * slices * sizes.products * sizes.product_rows * (n + _ROW_GAP)
         ),
         "metal": lambda: 0,
         "cuda": lambda: load("cuda").workspace(m, k, n, r, form, ""),
@@ -117,7 +117,8 @@ def backward(
     return tuple(results)
 
 
-_FEW_ROWS = 4  # up to which the CPU's product streams W past
+_FEW_ROWS = 8  # up to which slices of W are multiplied one by one on the CPU
+_ROW_GAP = 16  # numbers between the rows of their sums
 
 
 class _Sizes(NamedTuple):

@@ -133,9 +133,9 @@ HWY_INLINE void StoreFloatN(VF v, T* to, size_t n) {
   for (size_t i = 0; i < n; ++i) to[i] = lanes[i];
 }
 
-// Asks for the cache line `bytes` after `from`, which may lie outside of any array.
-HWY_INLINE void PrefetchAhead(const void* from, size_t bytes) {
-  hwy::Prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + bytes));
+// Asks for the cache line at an address, which may lie outside of any array.
+HWY_INLINE void PrefetchToSecondCache(uintptr_t address) {
+  __builtin_prefetch(reinterpret_cast<const void*>(address), /*write=*/0, /*locality=*/2);
 }
 
 // n elements of storage type T as float32.

@@ -1,8 +1,8 @@
 // lora_forward on the CPU.
 //
 // Without W, x and y are swept once: a block is a range of rows. With W, a block is one of the
-// product, and the low-rank part its last step. For few rows a block is a part of W, read
-// contiguously, and the low-rank part is added to the sum of the blocks.
+// product, and the low-rank part its last step. For few rows a block is a slice of W, read
+// contiguously, and the low-rank part is added to the sum of the slices.
 #ifndef JAX_FUSED_LORA_NATIVE_CPU_FORWARD_H_
 #define JAX_FUSED_LORA_NATIVE_CPU_FORWARD_H_
 
@@ -19,7 +19,7 @@
 
 namespace jax_fused_lora {
 
-constexpr int64_t kFew = Scratch::kFew;
+constexpr int64_t kFew = Scratch::kFew, kStreamed = Scratch::kStreamed;
 // Rows up to which A is better read again for each than transposed, or multiplied by several at
 // once (float32, 16×1024, rank 16, Zen 4: 22 → 19 µs with 8, not 16).
 constexpr int64_t kFewToShrink = 8;
@@ -30,7 +30,11 @@ constexpr int64_t kFewWithPanels = 2;
 // Columns of W in a block of x·W for few rows: as long a read as can be, the sums of 16 KiB a row
 // being near enough.
 constexpr int64_t kFewColumns = 4096;
-static_assert(Scratch::kFew * kFewColumns <= Scratch::kRows * Scratch::kColumns, "their sums");
+static_assert(kStreamed * kFewColumns <= Scratch::kRows * Scratch::kColumns, "their sums");
+
+// Numbers, beside a row of y, that keep the rows of a slice's sums from being a power of two apart:
+// 16 rows of 1024 would evict each other from the first cache.
+constexpr int64_t kRowGap = 16;
 
 class Forward {
  public:
@@ -49,9 +53,9 @@ class Forward {
     if (!product_) return;
     blocks_.emplace(c_.batch, c_.x, c_.kernel, c_.m, c_.n, static_cast<int64_t>(kernels_.columns),
                     threads);
-    if (blocks_->rows() <= kFew) {
+    if (blocks_->rows() <= kStreamed) {
       parts_ = c_.slices * blocks_->products() * column_ranges_;
-      partial_ = space->Take({c_.slices, blocks_->products(), blocks_->rows(), c_.n});
+      partial_ = space->Take({c_.slices, blocks_->products(), blocks_->rows(), partial_row_});
     }
   }
 
@@ -62,14 +66,15 @@ class Forward {
     } else if (c_.batch.count * sweep_ranges_ == 1) {
       work = 0;  // a second thread would have nothing to do
     }
-    const Phases::Sizes units = {at_.blocks() + b_.blocks() + bias_.blocks() + parts_,
-                                 c_.batch.count * sweep_ranges_,
+    const int64_t sweeps = c_.batch.count * sweep_ranges_;
+    const Phases::Sizes units = {at_.blocks() + b_.blocks() + bias_.blocks(), sweeps + parts_,
                                  !product_    ? 0
-                                 : parts_ > 0 ? c_.batch.count * column_ranges_
+                                 : parts_ > 0 ? c_.batch.count * finish_ranges_
                                               : blocks_->count()};
     RunUnits(pool, c_.batch, units, work, !product_ && Backwards(c_.x, c_.y),
-             [this](const Phases& phases, int phase, int64_t unit) {
+             [this, sweeps](const Phases& phases, int phase, int64_t unit) {
                if (phase == 0) return Prepare(unit);
+               if (phase == 1 && unit >= sweeps) return Stream(unit - sweeps);
                if (phase == 2 && parts_ == 0) return Multiply(phases, unit);
                // A shrink alone, of an A that is read as it lies, waits for nothing.
                if (phase == 2 || at_ || !product_) phases.WaitBefore(phase);
@@ -78,25 +83,24 @@ class Forward {
   }
 
  private:
-  // What needs nothing but operands.
   void Prepare(int64_t unit) const {
     for (const Widened* operand : {&at_, &b_, &bias_}) {
       if (unit < operand->blocks()) return operand->Make(unit);
       unit -= operand->blocks();
     }
-    Stream(unit);
   }
 
-  // A part of x·W for few rows: a slice of k and a range of columns.
+  // A part of x·W for few rows, which needs nothing but operands: a slice of k and a range of
+  // columns.
   void Stream(int64_t unit) const {
     const int64_t j0 = unit % column_ranges_ * kFewColumns;
     unit /= column_ranges_;
     const int64_t slice = unit % c_.slices, product = unit / c_.slices;
     const int64_t depth = Blocks(c_.k, c_.slices), rows = blocks_->rows();
-    float* to = partial_ + (slice * blocks_->products() + product) * rows * c_.n;
+    float* to = partial_ + (slice * blocks_->products() + product) * rows * partial_row_;
     kernels_.stream(RowsOf(product), rows, c_.k, std::min(slice * depth, c_.k),
                     std::min((slice + 1) * depth, c_.k), c_.kernel.At(c_.batch, product), c_.n, j0,
-                    std::min(kFewColumns, c_.n - j0), to + j0, c_.n, ThreadScratch());
+                    std::min(kFewColumns, c_.n - j0), to + j0, partial_row_, ThreadScratch());
   }
 
   // A block of x·W for more rows, and of y.
@@ -152,12 +156,13 @@ class Forward {
 
   // The sum of the slices, bias and low-rank part of few rows of y, rounded once.
   void Finish(int64_t unit) const {
-    const int64_t element = unit / column_ranges_, j0 = unit % column_ranges_ * kFewColumns;
-    const int64_t columns = std::min(kFewColumns, c_.n - j0);
+    const int64_t element = unit / finish_ranges_, j0 = unit % finish_ranges_ * finish_columns_;
+    const int64_t columns = std::min(finish_columns_, c_.n - j0);
     const int64_t row = (blocks_->shared() ? c_.x.Index(c_.batch, element) : element) * c_.m;
     float* sums = ThreadScratch()->sums;
-    kernels_.gather(partial_ + row * c_.n + j0, c_.slices,
-                    blocks_->products() * blocks_->rows() * c_.n, c_.m, c_.n, columns, sums);
+    kernels_.gather(partial_ + row * partial_row_ + j0, c_.slices,
+                    blocks_->products() * blocks_->rows() * partial_row_, c_.m, partial_row_,
+                    columns, sums);
     Expand(element, 0, c_.m, j0, columns, sums, columns);
   }
 
@@ -199,8 +204,13 @@ class Forward {
 
   // For few rows.
   const int64_t column_ranges_ = Blocks(c_.n, kFewColumns);
+  const int64_t partial_row_ = c_.n + kRowGap;
   int64_t parts_ = 0;
-  float* partial_ = nullptr;  // (slices, products, rows of each, n)
+  float* partial_ = nullptr;  // (slices, products, rows of each, partial_row_)
+  // Columns of y whose slices are summed at once: 8192 numbers, for a second thread to have some.
+  const int64_t finish_columns_ =
+      std::min(kFewColumns, Padded(8192 / std::clamp<int64_t>(c_.m, 1, kStreamed)));
+  const int64_t finish_ranges_ = Blocks(c_.n, finish_columns_);
 };
 
 }  // namespace jax_fused_lora

@@ -12,7 +12,8 @@ namespace jax_fused_lora {
 
 // One thread's working memory. Sized so that what a pass takes of it stays in a second-level cache.
 struct alignas(64) Scratch {
-  static constexpr size_t kFew = 4;         // rows up to which W is read in place
+  static constexpr size_t kFew = 4;         // rows of a layer up to which B is read as it lies
+  static constexpr size_t kStreamed = 8;    // and up to which slices of W are read from end to end
   static constexpr size_t kDepth = 512;     // elements of a row taken at a time
   static constexpr size_t kDepthRows = 64;  // and rows, at most
 
@@ -95,8 +96,8 @@ struct Kernels {
   void (*outer)(const float* h, size_t h_row, size_t m, size_t r, const void* g, size_t g_row,
                 size_t n, float scale, bool add, float* out, size_t out_row, Scratch* scratch);
 
-  // out (m, columns) = x (m, k)[:, k0:k1] · w (k, n)[k0:k1, j0 : j0 + columns], m ≤ kFew. Rows of
-  // out are out_row apart.
+  // out (m, columns) = x (m, k)[:, k0:k1] · w (k, n)[k0:k1, j0 : j0 + columns], m ≤ kStreamed. Rows
+  // of out are out_row apart.
   void (*stream)(const void* x, size_t m, size_t k, size_t k0, size_t k1, const void* w, size_t n,
                  size_t j0, size_t columns, float* out, size_t out_row, Scratch* scratch);
 

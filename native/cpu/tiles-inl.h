@@ -1,8 +1,8 @@
 // The register-tiled products that every pass is made of.
 //
 //   Nn: out[i, j] = init[i, j] + bias[j] + scale · Σ_p a(i, p) · b[p, j]     b's rows run along j
+//   Stream: Nn for one to four rows
 //   Nt: out[i, j] = scale · Σ_p a[i, p] · b[j, p]  (+ out[i, j])   both run along p
-//   Stream: Nn for one to four rows and a b that comes from memory
 //
 // In each the vectors lie along a long axis (in_features or out_features), never along the rank:
 // so a rank of 1 or 13 wastes no lane, and 16-bit operands are widened in registers.
@@ -37,6 +37,22 @@ constexpr size_t kNnRows = 6, kNnVecs = 4, kNtRows = 6, kNtCols = 4;
 
 constexpr size_t kPanel = kNnVecs * kLanes;
 
+// Whether the tiles of a packed product ask for what will be packed next: x86 before AVX-512 loses
+// more by the instructions than it gains.
+#if HWY_ARCH_X86 && HWY_TARGET > HWY_AVX3
+constexpr bool kAskWhilePacked = false;
+#else
+constexpr bool kAskWhilePacked = true;
+#endif
+
+// The tile of Nn for few rows, a strip of two lines. In one of four lines, as 6 × 4 has, a thread
+// asks memory for W in bursts (float32, 16×1024→1024, Zen 5: 8 × 2 115 µs, 6 × 4 155, 4 × 4 150).
+#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
+constexpr size_t kFewNnRows = 8, kFewNnVecs = 2;
+#else
+constexpr size_t kFewNnRows = kNnRows, kFewNnVecs = kNnVecs;
+#endif
+
 // Columns of a block of a product. Its sums, 4 bytes for each of 258 rows, want a second-level
 // cache of their own: that of machines with AVX-512 holds twice what others' do (512×1024→1024,
 // float32, of 256 columns 377, of 512 389 GFLOP/s).
@@ -54,21 +70,12 @@ HWY_INLINE Float* InPanel(Panels<Float> panels, size_t j) {
   return panels.data + j / kPanel * panels.panel + j % kPanel;
 }
 
-// How a W is read that comes from memory: so many of its rows at a time, long strides announced a
-// step ahead or left to the CPU. Intel's servers with AVX-512 and the Arm cores gain from the first
-// (bfloat16, 1×2048→2048: 480 → 310 µs), AMD's own prefetchers do better alone, over few rows
-// (float32, 1×2048→2048: Zen 3 1.12 → 0.77 of XLA, Zen 4 1.0 → 0.79).
-constexpr size_t kManyStreams = 16, kFewStreams = 4;
-#if HWY_ARCH_X86 && HWY_TARGET > HWY_AVX3
-constexpr bool kAnnounce = false;
-#else
-constexpr bool kAnnounce = true;
-#endif
-inline bool Announces() {
+// Whether the CPU is AMD's, whose cores have other wishes in a few places.
+inline bool IsAmd() {
 #if HWY_ARCH_X86 && (HWY_COMPILER_GCC || HWY_COMPILER_CLANG)
-  return kAnnounce && !__builtin_cpu_is("amd");
+  return __builtin_cpu_is("amd");
 #else
-  return kAnnounce;
+  return false;
 #endif
 }
 
@@ -86,20 +93,27 @@ struct Rows {
 };
 
 // What a tile asks of memory while it multiplies: the next lines of a matrix that will be read
-// soon, row after row. A step for every 8 of the tile's keeps few enough of them under way for the
-// tile's own lines to come from the second cache; all of a panel's at once took as long as reading
-// it (AVX-512, 512×1024, float32: packing W 290 → 90 µs, turning it 450 → 150, a layer forward and
-// backward 0.95 of what it took).
+// soon, row after row, so many of them for every kSteps of the tile's steps. Few of them under way
+// let the tile's own lines come from the second cache; all of a panel's at once took as long as
+// reading it (AVX-512, 512×1024, float32, one for 8 steps: packing W 290 → 90 µs, turning it 450 →
+// 150, a layer forward and backward 0.95 of what it took).
+template <size_t kSteps_>
 class Ahead {
  public:
+  static constexpr size_t kSteps = kSteps_, kLine = 64;
+
   template <class T>
-  Ahead(const T* from, size_t row, size_t columns)
+  Ahead(const T* from, size_t row, size_t columns, size_t lines = 1)
       : at_(reinterpret_cast<uintptr_t>(from)),
         row_(row * sizeof(T)),
-        width_((columns * sizeof(T) + kLine - 1) / kLine * kLine) {}
+        width_((columns * sizeof(T) + kLine - 1) / kLine * kLine),
+        lines_(lines) {}
 
-  HWY_INLINE void Step() {
-    hwy::Prefetch(reinterpret_cast<const void*>(at_ + line_));
+  HWY_INLINE void Ask() {
+    for (size_t i = 0; i < lines_; ++i) AskForLine();
+  }
+  HWY_INLINE void AskForLine() {
+    PrefetchToSecondCache(at_ + line_);
     line_ += kLine;
     const bool whole = line_ == width_;
     line_ = whole ? 0 : line_;
@@ -107,12 +121,14 @@ class Ahead {
   }
 
  private:
-  static constexpr size_t kLine = 64;
   uintptr_t at_;
   size_t row_, width_, line_ = 0;  // bytes
+  size_t lines_;
 };
 struct NothingAhead {
-  HWY_INLINE void Step() {}
+  static constexpr size_t kSteps = 0;
+  HWY_INLINE void Ask() {}
+  HWY_INLINE void AskForLine() {}
 };
 
 template <size_t kRows, size_t kVecs, bool kTail, class TB, class TO, class Next>
@@ -140,10 +156,15 @@ HWY_INLINE void NnTile(size_t k, Scalars a, Rows<const TB> b, float scale, Rows<
     }
   };
   size_t p = 0;
-  if (!std::is_same<Next, NothingAhead>::value) {
-    while (p + 8 <= k) {
-      ahead.Step();
-      for (const size_t end = p + 8; p < end; ++p) step(p);
+  if (Next::kSteps > 0) {
+    for (; p + Next::kSteps <= k; p += Next::kSteps) {
+      ahead.Ask();
+      if constexpr (Next::kSteps <= 4) {
+        JAX_FUSED_LORA_UNROLL
+        for (size_t s = 0; s < Next::kSteps; ++s) step(p + s);
+      } else {  // eight unrolled took 1.13 of the time (AVX-512, 512×1024, float32)
+        for (size_t s = 0; s < Next::kSteps; ++s) step(p + s);
+      }
     }
   }
   for (; p < k; ++p) step(p);
@@ -172,7 +193,7 @@ HWY_INLINE void NnTile(size_t k, Scalars a, Rows<const TB> b, float scale, Rows<
   }
 }
 
-template <size_t kVecs, bool kTail, class TB, class TO, class Next>
+template <size_t kRows, size_t kVecs, bool kTail, class TB, class TO, class Next>
 HWY_INLINE void NnPanel(size_t m, size_t k, Scalars a, Rows<const TB> b, float scale,
                         Rows<const float> init, const float* bias, Rows<TO> out, size_t columns,
                         Next& ahead) {
@@ -183,36 +204,70 @@ HWY_INLINE void NnPanel(size_t m, size_t k, Scalars a, Rows<const TB> b, float s
     out.data += decltype(rows)::value * out.row;
     m -= decltype(rows)::value;
   };
-  while (m >= kNnRows) tile(std::integral_constant<size_t, kNnRows>());
-  if (m >= 4) tile(std::integral_constant<size_t, 4>());
-  if (m >= 2) tile(std::integral_constant<size_t, 2>());
-  if (m >= 1) tile(std::integral_constant<size_t, 1>());
+  if constexpr (kVecs == 1) {  // the edge, for which a tile of each size is not worth its code
+    while (m >= kRows) tile(std::integral_constant<size_t, kRows>());
+    if (m >= 4) tile(std::integral_constant<size_t, 4>());
+    if (m >= 2) tile(std::integral_constant<size_t, 2>());
+    if (m >= 1) tile(std::integral_constant<size_t, 1>());
+    return;
+  }
+  // The last two tiles have half of what is left each: a tile of one row waits for its own sums as
+  // long as one of four takes (Zen 5, float32, 15×1024→1024: 8 + 4 + 2 + 1 rows 217 µs, 8 + 7 165).
+  // A size is named once, or its tile would become a function that knows no constants.
+  while (m > 0) {
+    switch (m >= 2 * kRows ? kRows : m > kRows ? (m + 1) / 2 : m) {
+      case 8:
+        if constexpr (kRows >= 8) tile(std::integral_constant<size_t, 8>());
+        break;
+      case 7:
+        if constexpr (kRows >= 7) tile(std::integral_constant<size_t, 7>());
+        break;
+      case 6:
+        tile(std::integral_constant<size_t, 6>());
+        break;
+      case 5:
+        tile(std::integral_constant<size_t, 5>());
+        break;
+      case 4:
+        tile(std::integral_constant<size_t, 4>());
+        break;
+      case 3:
+        tile(std::integral_constant<size_t, 3>());
+        break;
+      case 2:
+        tile(std::integral_constant<size_t, 2>());
+        break;
+      default:
+        tile(std::integral_constant<size_t, 1>());
+    }
+  }
 }
 
 // out (m, n) = init + bias + scale · a (m, k) · b (k, n). `init` (m, n) and `bias` (n) may be null,
 // and `init` may be `out` itself.
-template <class TB, class TO, class Next = NothingAhead>
+template <class TB, class TO, size_t kRows = kNnRows, size_t kVecs = kNnVecs,
+          class Next = NothingAhead>
 HWY_INLINE void Nn(size_t m, size_t n, size_t k, Scalars a, Panels<const TB> b, float scale,
                    Rows<const float> init, Rows<TO> out, const float* bias = nullptr,
                    Next ahead = {}) {
   size_t j = 0;
   const auto panel = [&](auto vecs, auto tail) HWY_ATTR {
     const Rows<const float> from = {init.data == nullptr ? nullptr : init.data + j, init.row};
-    NnPanel<decltype(vecs)::value, decltype(tail)::value, TB, TO>(
+    NnPanel<kRows, decltype(vecs)::value, decltype(tail)::value, TB, TO>(
         m, k, a, {InPanel(b, j), b.row}, scale, from, bias == nullptr ? nullptr : bias + j,
         {out.data + j, out.row}, n - j, ahead);
     j += decltype(vecs)::value * kLanes;
   };
-  while (j + kPanel <= n) {
-    panel(std::integral_constant<size_t, kNnVecs>(), std::false_type());
+  while (j + kVecs * kLanes <= n) {
+    panel(std::integral_constant<size_t, kVecs>(), std::false_type());
   }
   while (j + kLanes <= n) panel(std::integral_constant<size_t, 1>(), std::false_type());
   if (j < n) panel(std::integral_constant<size_t, 1>(), std::true_type());
 }
 
-template <size_t kRows, bool kAsk, size_t kSteps, size_t kVecs, bool kTail, class T>
+template <size_t kRows, size_t kSteps, size_t kVecs, bool kTail, class T, class Next>
 HWY_INLINE void StreamTile(Rows<const float> x, Rows<const T> w, bool add, Rows<float> out,
-                           size_t columns) {
+                           size_t columns, Next& ahead) {
   const DF d;
   VF acc[kRows][kVecs];
   JAX_FUSED_LORA_UNROLL
@@ -228,9 +283,7 @@ HWY_INLINE void StreamTile(Rows<const float> x, Rows<const T> w, bool add, Rows<
     JAX_FUSED_LORA_UNROLL
     for (size_t j = 0; j < kVecs; ++j) {
       const T* from = w.data + p * w.row + j * kLanes;
-      if (kAsk && j * kLanes * sizeof(T) % 64 == 0) {
-        PrefetchAhead(from, kSteps * w.row * sizeof(T));
-      }
+      if (j * kLanes * sizeof(T) % 64 == 0) ahead.AskForLine();
       const VF wv = kTail ? LoadFloatN(from, columns) : LoadFloat(from);
       JAX_FUSED_LORA_UNROLL
       for (size_t i = 0; i < kRows; ++i) {
@@ -252,19 +305,19 @@ HWY_INLINE void StreamTile(Rows<const float> x, Rows<const T> w, bool add, Rows<
   }
 }
 
-// out (kRows, columns) = x (kRows, k) · w (k, columns), added to what is there if `add`. A few rows
-// of w at a time over the whole width, each read once: memory sees long contiguous reads, and the
-// sums stay in the first cache.
-template <size_t kRows, bool kAsk, class T>
+// out (kRows, columns) = x (kRows, k) · w (k, columns), added to what is there if `add`. kSteps rows
+// of w at a time over the whole width, each read once, the next of them asked for meanwhile where w
+// comes from memory: long contiguous reads, and the sums stay in the first cache.
+template <size_t kRows, size_t kSteps, bool kAsk, class T>
 HWY_INLINE void Stream(size_t k, Rows<const float> x, Rows<const T> w, size_t columns, bool add,
                        Rows<float> out) {
-  constexpr size_t kVecs = kRows <= 2 ? 4 : kNnVecs, kStreams = kAsk ? kManyStreams : kFewStreams;
-  const auto sweep = [&](auto steps) HWY_ATTR {
-    constexpr size_t kSteps = decltype(steps)::value;
+  constexpr size_t kVecs = kAsk ? 2 : kRows <= 2 ? 4 : kNnVecs;
+  const auto sweep = [&](auto steps, auto ahead) HWY_ATTR {
+    constexpr size_t kSome = decltype(steps)::value;
     size_t j = 0;
     const auto tile = [&](auto vecs, auto tail) HWY_ATTR {
-      StreamTile<kRows, kAsk, kSteps, decltype(vecs)::value, decltype(tail)::value, T>(
-          x, {w.data + j, w.row}, add, {out.data + j, out.row}, columns - j);
+      StreamTile<kRows, kSome, decltype(vecs)::value, decltype(tail)::value, T>(
+          x, {w.data + j, w.row}, add, {out.data + j, out.row}, columns - j, ahead);
       j += decltype(vecs)::value * kLanes;
     };
     while (j + kVecs * kLanes <= columns) {
@@ -272,13 +325,20 @@ HWY_INLINE void Stream(size_t k, Rows<const float> x, Rows<const T> w, size_t co
     }
     while (j + kLanes <= columns) tile(std::integral_constant<size_t, 1>(), std::false_type());
     if (j < columns) tile(std::integral_constant<size_t, 1>(), std::true_type());
-    x.data += kSteps;
-    w.data += kSteps * w.row;
+    x.data += kSome;
+    w.data += kSome * w.row;
     add = true;
-    k -= kSteps;
+    k -= kSome;
   };
-  while (k >= kStreams) sweep(std::integral_constant<size_t, kStreams>());
-  while (k > 0) sweep(std::integral_constant<size_t, 1>());
+  while (k >= kSteps) {
+    const std::integral_constant<size_t, kSteps> steps;
+    if constexpr (kAsk) {
+      sweep(steps, Ahead<1>(w.data + kSteps * w.row, w.row, columns));
+    } else {
+      sweep(steps, NothingAhead());
+    }
+  }
+  while (k > 0) sweep(std::integral_constant<size_t, 1>(), NothingAhead());
 }
 
 #if HWY_TARGET != HWY_SCALAR
