@@ -436,8 +436,8 @@ void ExpandFew(const float* h, size_t m, size_t r, const float* b, size_t b_row,
 
 // out (m, columns) = x (m, k) · w for few rows, where packing w would take as long as multiplying:
 // strips of w as they lie, `deep` lines at a time, which were asked for one such block before, so
-// that reading and multiplying take their time together. (float32, packed before, Zen 5 and Sapphire
-// Rapids: 16×1024→1024 185 → 115 µs and 240 → 155, 16×2048→2048 690 → 430 and 950 → 610.)
+// that reading and multiplying take their time together. (float32, packed before, Zen 5 and
+// Sapphire Rapids: 16×1024→1024 185 → 115 µs and 240 → 155, 16×2048→2048 690 → 430 and 950 → 610.)
 template <class T, size_t kRows, size_t kVecs>
 void InPlaceProduct(size_t deep, const T* x, size_t x_row, size_t m, size_t k, Rows<const T> w,
                     size_t columns, Rows<float> out, Scratch* scratch) {
@@ -596,8 +596,8 @@ void Product(const void* x_, size_t m, size_t k, const void* w_, size_t n, size_
 template <class T>
 void Layer(const void* x, size_t m, size_t k, const void* w, size_t n, size_t j0, size_t columns,
            const LowRank& low_rank, const float* bias, void* y, size_t y_row, Scratch* scratch) {
-  PackedProduct<T, T>(static_cast<const T*>(x), m, k, Packing<T>(w, n, j0), columns, low_rank,
-                      bias, {static_cast<T*>(y), y_row}, scratch);
+  PackedProduct<T, T>(static_cast<const T*>(x), m, k, Packing<T>(w, n, j0), columns, low_rank, bias,
+                      {static_cast<T*>(y), y_row}, scratch);
 }
 
 // Few rows: dot products with the rows of W, as they lie. More rows: panels of W are turned.

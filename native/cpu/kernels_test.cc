@@ -199,7 +199,7 @@ size_t NextSize() {
   return kSizes[(next += 11) % (sizeof kSizes / sizeof *kSizes)];
 }
 
-constexpr size_t kRows[] = {0, 1, 2, 3, 4, 5, 6, 7, 11, 13, 35, 63, 64, 65, 71};
+constexpr size_t kRows[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 35, 63, 64, 65, 71};
 constexpr size_t kRanks[] = {1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12,
                              13, 14, 15, 16, 17, 18, 19, 20, 33, 64, 130};
 
@@ -217,7 +217,7 @@ class Suite {
         Outer(m, r, NextSize());
       }
       for (int i = 0; i < 24; ++i) {
-        if (m <= Scratch::kFew) Stream(m, NextSize(), NextSize());
+        if (m <= Scratch::kStreamed) Stream(m, NextSize(), NextSize());
         const size_t r = kRanks[(i * 5 + m) % (sizeof kRanks / sizeof *kRanks)];
         Product(m, NextSize(), NextSize(), r);
         ProductTransposed(m, NextSize(), NextSize(), r);

@@ -135,6 +135,8 @@ template <size_t kRows, size_t kVecs, bool kTail, class TB, class TO, class Next
 HWY_INLINE void NnTile(size_t k, Scalars a, Rows<const TB> b, float scale, Rows<const float> init,
                        const float* bias, Rows<TO> out, size_t columns, Next& ahead) {
   const DF d;
+  const auto load = [&](const auto* from)
+                        HWY_ATTR { return kTail ? LoadFloatN(from, columns) : LoadFloat(from); };
   VF acc[kRows][kVecs];
   JAX_FUSED_LORA_UNROLL
   for (size_t i = 0; i < kRows; ++i) {
@@ -145,8 +147,7 @@ HWY_INLINE void NnTile(size_t k, Scalars a, Rows<const TB> b, float scale, Rows<
     VF bv[kVecs];
     JAX_FUSED_LORA_UNROLL
     for (size_t j = 0; j < kVecs; ++j) {
-      const TB* from = b.data + p * b.row + j * kLanes;
-      bv[j] = kTail ? LoadFloatN(from, columns) : LoadFloat(from);
+      bv[j] = load(b.data + p * b.row + j * kLanes);
     }
     JAX_FUSED_LORA_UNROLL
     for (size_t i = 0; i < kRows; ++i) {
@@ -174,14 +175,8 @@ HWY_INLINE void NnTile(size_t k, Scalars a, Rows<const TB> b, float scale, Rows<
     JAX_FUSED_LORA_UNROLL
     for (size_t j = 0; j < kVecs; ++j) {
       VF start = hn::Zero(d);
-      if (init.data != nullptr) {
-        const float* from = init.data + i * init.row + j * kLanes;
-        start = kTail ? LoadFloatN(from, columns) : LoadFloat(from);
-      }
-      if (bias != nullptr) {
-        const float* from = bias + j * kLanes;
-        start = hn::Add(start, kTail ? LoadFloatN(from, columns) : LoadFloat(from));
-      }
+      if (init.data != nullptr) start = load(init.data + i * init.row + j * kLanes);
+      if (bias != nullptr) start = hn::Add(start, load(bias + j * kLanes));
       const VF v = hn::MulAdd(acc[i][j], vscale, start);
       TO* to = out.data + i * out.row + j * kLanes;
       if (kTail) {
@@ -204,7 +199,7 @@ HWY_INLINE void NnPanel(size_t m, size_t k, Scalars a, Rows<const TB> b, float s
     out.data += decltype(rows)::value * out.row;
     m -= decltype(rows)::value;
   };
-  if constexpr (kVecs == 1) {  // the edge, for which a tile of each size is not worth its code
+  if constexpr (kVecs == 1) {  // an edge is not worth the code of a tile of each size
     while (m >= kRows) tile(std::integral_constant<size_t, kRows>());
     if (m >= 4) tile(std::integral_constant<size_t, 4>());
     if (m >= 2) tile(std::integral_constant<size_t, 2>());
@@ -305,9 +300,9 @@ HWY_INLINE void StreamTile(Rows<const float> x, Rows<const T> w, bool add, Rows<
   }
 }
 
-// out (kRows, columns) = x (kRows, k) · w (k, columns), added to what is there if `add`. kSteps rows
-// of w at a time over the whole width, each read once, the next of them asked for meanwhile where w
-// comes from memory: long contiguous reads, and the sums stay in the first cache.
+// out (kRows, columns) = x (kRows, k) · w (k, columns), added to what is there if `add`. kSteps
+// rows of w at a time over the whole width, each read once, the next of them asked for meanwhile
+// where w comes from memory: long contiguous reads, and the sums stay in the first cache.
 template <size_t kRows, size_t kSteps, bool kAsk, class T>
 HWY_INLINE void Stream(size_t k, Rows<const float> x, Rows<const T> w, size_t columns, bool add,
                        Rows<float> out) {
