@@ -118,8 +118,9 @@ _BACKWARD = {
 }
 
 
-# Of an H100, bfloat16, rank 16 unless said; the ratio to XLA's time forward, and with the backward
-# pass.
+# Of an H100, bfloat16, rank 16 unless said; the ratio, forward and with the backward pass, to the
+# time that XLA takes if h and t are rounded to bfloat16. What takes over where these kernels don't,
+# the definition, rounds once and takes 1.08 to 1.31 and 1.02 to 1.37.
 #
 # Rows that one pass over W serves: 1 and 16 rows of 4096→4096 take 0.87 and 0.90 of XLA's time, of
 # 1024→1024 0.77 and 0.72; with the backward pass 1.05 and 0.95, 1.11 and 1.04.
@@ -135,7 +136,8 @@ _CUDA_SOME_ROWS_BACKWARD = 32
 # 1024→1024 0.72 to 0.59 and 0.85 to 0.78. But 11008→4096: 1.07 to 0.98 and 1.04.
 _CUDA_MORE_ROWS, _CUDA_MORE_RANK, _CUDA_MORE_WIDTH = 256, 32, 4096
 # Rows from which the product with the rank inside it may be ahead; `_many_rows` says where it is.
-_CUDA_MANY_ROWS = 512
+# 288 rows of 4096→1024 take 1.39, of 4096→4096 1.53.
+_CUDA_MANY_ROWS = 384
 
 
 def forward_form(
@@ -153,7 +155,7 @@ def forward_form(
         product = product and _tma_takes(problem)
         measured = problem.rank <= _CUDA_FEW_RANK and problem.k * problem.n >= _CUDA_FEW_WORK
         few = problem.rows <= _CUDA_FEW_ROWS and measured
-        wins = few or _some_rows(problem, 1) or _many_rows(problem, problem.k, problem.n)
+        wins = few or _some_rows(problem, 1) or _many_rows(problem, problem.n)
         return _cuda_form(problem, product, wins, named)
     return _form(library, problem, _FORWARD, named)
 
@@ -166,7 +168,7 @@ def backward_form(
         # dx = g·Wᵀ + t·Aᵀ reads A as its rows lie, one rank after the other.
         takes = _tma_takes(problem) and problem.rank % 8 == 0
         some = _some_rows(problem, _CUDA_SOME_ROWS_BACKWARD)
-        wins = some or _many_rows(problem, problem.n, problem.k)
+        wins = some or _many_rows(problem, problem.k)
         return _cuda_form(problem, product and takes, wins, named)
     return _form(library, problem, _BACKWARD, named)
 
@@ -202,29 +204,31 @@ def _some_rows(problem: Problem, fewest: int) -> bool:
     return rows >= fewest and (some or more) and rank % 8 == 0 and work >= _CUDA_FEW_WORK
 
 
-def _many_rows(problem: Problem, depth: int, columns: int) -> bool:
-    """Whether the product (rows, columns) over `depth` with the rank inside it is faster.
+def _many_rows(problem: Problem, columns: int) -> bool:
+    """Whether the product (rows, columns) with the rank inside it is faster than the definition.
 
-    It goes in rounds, one tile of 128×128 or two for each of an H100's multiprocessors. The last
-    round must not be too empty, or XLA's smaller tiles win: 4096→4096, 640 rows take 1.25 and with
-    the backward pass 1.27 of XLA's time, 768 rows 0.99 and 1.04, 1280 rows 1.05 and 1.03; but 512
-    rows 0.82 and 0.89, 1024 rows 0.81 and 0.93, 1536 rows 0.84 and 0.90, 8192 rows 0.81 and 0.86;
-    512 rows of 4096→11008 0.88 and 0.95. And h must be ready in time, beside a product that is long
-    (1024 rows of 2048→2048 take 1.06 and 1.08, 2048 rows of 1024→1024 1.01 and 1.05; 2048 rows of
-    2048→2048 0.89 and 0.93, of 1024→4096 0.79 and 0.87) or leaves half of the multiprocessors free
-    (512 rows of 2048→2048 0.73 and 0.92, of 4096→1024 0.85, 1024 rows of 1024→1024 0.86 and 0.90).
+    It goes in rounds, one tile of 128×128 or two for each of an H100's multiprocessors, tiles in
+    pairs of rows. The last round must not be too empty, or XLA's smaller tiles win: 4096→4096, 640
+    rows take 1.25 and with the backward pass 1.27, 320 rows 1.34 and 1.23, 384 rows of 4096→11008
+    and back 1.26 to 1.28; but 384 rows 0.88 and 0.94, 448 rows 1.10 and 1.08, 768 rows 0.99 and
+    1.04, 1024 rows 0.81 and 0.93, 1280 rows 1.05 and 1.03, 8192 rows 0.81 and 0.86, 512 rows of
+    4096→11008 0.90 and 0.94, 1024 rows of 2048→2048 1.06 and 1.08. Half of a round is fast, too:
+    512 rows of 2048→2048 0.95 and 0.97, 384 rows of 4096→1024 1.02 and 1.13.
     """
-    if problem.rows < _CUDA_MANY_ROWS or problem.k * problem.n < _CUDA_FEW_WORK:
+    rows, wide = problem.rows, max(problem.k, problem.n) > _CUDA_MORE_WIDTH
+    if rows < (512 if wide else _CUDA_MANY_ROWS) or problem.k * problem.n < _CUDA_FEW_WORK:
         return False
     multiprocessors, tile = 132, 128
 
+    def tiles(width: int) -> int:
+        return 2 * -(-rows // (2 * tile)) * -(-columns // width)
+
     def rounds(width: int) -> int:
-        return -(-(-(-problem.rows // tile) * -(-columns // width)) // multiprocessors)
+        return -(-tiles(width) // multiprocessors)
 
     lasts = min(1.1 * rounds(tile), 2 * rounds(2 * tile))  # as long as so many tiles
-    tiles = problem.rows * columns / tile**2
-    full = tiles >= 0.75 * lasts * multiprocessors
-    return tiles <= multiprocessors / 2 or (full and lasts * depth >= 4096)
+    full = rows * columns / tile**2 >= 0.65 * lasts * multiprocessors
+    return full or tiles(tile) <= multiprocessors / 2
 
 
 def _tma_takes(problem: Problem) -> bool:

@@ -51,6 +51,26 @@ def contract_narrow(a: jax.Array, b: jax.Array, axes_a: Axes, axes_b: Axes) -> j
     return contract(a, b, axes_a, axes_b, precision)
 
 
+def _halves(wide: jax.Array) -> jax.Array:
+    """Float32 `(..., rank)` as bfloat16 `(..., 2 * rank)`: the numbers rounded, and what is left.
+
+    Not by converting there and back, which XLA takes for nothing (`xla_allow_excess_precision`).
+    """
+    high = lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=7)
+    low = jnp.where(jnp.isfinite(high), wide - high, 0)
+    return jnp.concatenate([high, low], -1).astype(jnp.bfloat16)
+
+
+def _twice(narrow: jax.Array, axis: int) -> jax.Array:
+    """What `_halves` are multiplied by, for the sum of both."""
+    return jnp.concatenate([narrow, narrow], axis)
+
+
+def _sum_of_halves(product: jax.Array, axis: int) -> jax.Array:
+    high, low = jnp.split(product, 2, axis)
+    return high + low
+
+
 def _axes(axes: Axes, ndim: int) -> tuple[int, ...]:
     return tuple(axis % ndim for axis in ((axes,) if isinstance(axes, int) else axes))
 
@@ -63,6 +83,7 @@ def forward(
     bias: jax.Array | None = None,
     *,
     scaling: float | jax.Array,
+    split: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """`y = x·W + bias + s·(x·A)·B` and `h = x·A`.
 
@@ -73,12 +94,18 @@ def forward(
         kernel: `(in_features, out_features)`, or None for the low-rank part alone.
         bias: `(out_features,)` or None.
         scaling: a scalar.
+        split: whether a float32 h is multiplied by bfloat16 factors as the sum of two bfloat16
+            arrays: 16 bits of each number, of whose sums 1e-5 of their size is asked. For GPUs,
+            where a float32 product with B takes up to as long as x·W.
 
     Returns:
         y `(..., out_features)` in x's dtype and h `(..., rank)` in the accumulator's.
     """
     h = contract_narrow(x, lora_a, -1, 0)
-    y = scaling * contract_narrow(h, lora_b.astype(h.dtype), -1, 0)
+    if split and lora_b.dtype == jnp.bfloat16:
+        y = contract(_halves(scaling * h), _twice(lora_b, 0), -1, 0)
+    else:
+        y = scaling * contract_narrow(h, lora_b.astype(h.dtype), -1, 0)
     if kernel is not None:
         y += contract(x, kernel, -1, 0)
     if bias is not None:
@@ -96,6 +123,7 @@ def backward(
     *,
     scaling: float,
     grads: Iterable[str] = "xab",
+    split: bool = False,
 ) -> tuple[jax.Array, ...]:
     """The gradients of `forward` for x, A and B, those that `grads` names, in this order.
 
@@ -111,24 +139,39 @@ def backward(
         kernel: `(in_features, out_features)` or None.
         scaling: a scalar.
         grads: letters of "xab".
+        split: as of `forward`, of h and t.
 
     Returns:
         The gradients, each in the dtype of its operand.
     """
     wide = h.dtype
     rows = tuple(range(x.ndim - 1))
-    t = scaling * contract_narrow(g.astype(wide), lora_b.astype(wide), -1, 1)
+    split = split and lora_b.dtype == jnp.bfloat16
+    if split:
+        t = scaling * contract(g, lora_b, -1, 1)
+    else:
+        t = scaling * contract_narrow(g.astype(wide), lora_b.astype(wide), -1, 1)
     results = []
     if "x" in grads:
-        dx = contract_narrow(t, lora_a.astype(wide), -1, 1)
+        if split:
+            dx = contract(_halves(t), _twice(lora_a, 1), -1, 1)
+        else:
+            dx = contract_narrow(t, lora_a.astype(wide), -1, 1)
         if kernel is not None:
             dx += contract(g, kernel, -1, 1)
         results.append(dx.astype(x.dtype))
     if "a" in grads:
-        results.append(contract_narrow(x.astype(wide), t, rows, rows).astype(lora_a.dtype))
+        if split:
+            da = _sum_of_halves(contract(x, _halves(t), rows, rows), 1)
+        else:
+            da = contract_narrow(x.astype(wide), t, rows, rows)
+        results.append(da.astype(lora_a.dtype))
     if "b" in grads:
-        db = scaling * contract_narrow(h, g.astype(wide), rows, rows)
-        results.append(db.astype(lora_b.dtype))
+        if split:
+            db = _sum_of_halves(contract(_halves(h), g, rows, rows), 0)
+        else:
+            db = contract_narrow(h, g.astype(wide), rows, rows)
+        results.append((scaling * db).astype(lora_b.dtype))
     return tuple(results)
 
 

@@ -31,11 +31,12 @@ def layer(rows, k=4096, n=4096, rank=16, dtype="bfloat16", has_kernel=True, wide
         (129, "kernel", "kernel"),
         (256, "kernel", "kernel"),
         (257, "xla", "xla"),
-        (511, "xla", "xla"),
+        (383, "xla", "xla"),
+        (384, "kernel", "kernel"),  # most of a round
         (512, "kernel", "kernel"),
         (640, "xla", "xla"),  # a second round of tiles for 28 of 160
         (1024, "kernel", "kernel"),
-        (1280, "xla", "xla"),
+        (1280, "kernel", "kernel"),
         (8192, "kernel", "kernel"),
     ],
 )
@@ -46,16 +47,15 @@ def test_cuda_takes_by_default_what_it_is_faster_at(rows, forward, backward):
 @pytest.mark.parametrize(
     ("problem", "forward", "backward"),
     [
-        (layer(512, k=2048, n=2048), "kernel", "kernel"),
-        (layer(512, k=4096, n=1024), "kernel", "xla"),  # dx has 128 tiles of depth 1024
-        (layer(512, k=1024, n=4096), "xla", "kernel"),
-        (layer(1024, k=2048, n=2048), "xla", "xla"),
-        (layer(2048, k=2048, n=2048), "kernel", "kernel"),
-        (layer(2048, k=1024, n=1024), "xla", "xla"),
+        (layer(384, k=2048, n=2048), "kernel", "kernel"),  # half of a round
+        (layer(288, k=4096, n=1024), "xla", "xla"),
+        (layer(640, k=2048, n=2048), "xla", "xla"),
+        (layer(1024, k=2048, n=2048), "kernel", "kernel"),
+        (layer(448, k=4096, n=11008), "xla", "xla"),  # so wide only from 512 rows on
         (layer(512, k=4096, n=11008), "kernel", "kernel"),
     ],
 )
-def test_h_is_ready_in_time_beside_a_long_product_or_a_small_one(problem, forward, backward):
+def test_tiles_fill_most_of_a_round_or_less_than_half_of_one(problem, forward, backward):
     assert both(problem, product=True) == (forward, backward)
 
 

@@ -1,5 +1,7 @@
 """Values and every gradient of both ops, for each implementation, against float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_fused_lora import forms, implementations, lora_forward, lora_linear
+from jax_fused_lora import forms, implementations, lora_forward, lora_linear, reference
 
 
 def apply(operands, scaling=1.0, implementation=None):
@@ -188,6 +190,37 @@ def test_traced_scaling(implementation, rows, kernel, dtype):
     for name, grad in grads.items():
         terms = name == "x" and implementation == "xla"
         oracle.check(f"gradient of {name}", grad, expected[name], dtype, terms=terms)
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["linear", "forward"])
+@pytest.mark.parametrize(("rows", "rank"), [((5,), 8), ((2, 7), 33), ((63,), 64), ((0,), 3)])
+def test_the_definition_of_gpus_splits_h_and_t(rows, rank, kernel):
+    """As right as the definition: a second rounding of h or t would break the bound."""
+    operands = oracle.operands(rows, 300, 130, rank, "bfloat16", kernel=kernel, bias=kernel)
+    g = oracle.operands(rows, 130, 1, 1, "bfloat16", seed=1)["x"]
+    expected = oracle.truth(operands, g, 0.75)
+    given = [operands.get(name) for name in ("x", "lora_a", "lora_b", "kernel", "bias")]
+    y, h = jax.jit(partial(reference.forward, scaling=0.75, split=True))(*given)
+    backward = jax.jit(partial(reference.backward, scaling=0.75, split=True))
+    gradients = backward(g, *given[:3], h, given[3])
+    for name, result in zip(("y", "x", "lora_a", "lora_b"), (y, *gradients), strict=True):
+        oracle.check(name, result, expected[name], "bfloat16")
+
+
+def test_a_split_h_may_be_infinite():
+    ones = jnp.ones((8, 8), jnp.bfloat16)
+    y, _ = reference.forward(ones * 3e38, ones, ones, scaling=1.0, split=True)
+    assert (y == jnp.inf).all()
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+def test_gpus_multiply_bfloat16_by_bfloat16(platform):
+    operands = oracle.operands((16,), 24, 40, 8, "bfloat16", bias=False)
+    loss = jax.jit(jax.grad(lambda o: lora_linear(**o, scaling=2.0).astype(jnp.float32).sum()))
+    text = loss.trace(operands).lower(lowering_platforms=(platform,)).as_text()
+    dots = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(dots) >= 5
+    assert not [line for line in dots if line.count("xf32>") > 1]  # its result is one
 
 
 def test_float64_is_computed_in_float64():

@@ -33,7 +33,7 @@ constexpr int64_t kFewColumns = 4096;
 static_assert(kStreamed * kFewColumns <= Scratch::kRows * Scratch::kColumns, "their sums");
 
 // Numbers, beside a row of y, that keep the rows of a slice's sums from being a power of two apart:
-// 16 rows of 1024 would evict each other from the first cache.
+// 8 rows of 1024 would share eight of twelve ways of a first cache.
 constexpr int64_t kRowGap = 16;
 
 class Forward {

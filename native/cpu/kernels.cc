@@ -436,8 +436,9 @@ void ExpandFew(const float* h, size_t m, size_t r, const float* b, size_t b_row,
 
 // out (m, columns) = x (m, k) · w for few rows, where packing w would take as long as multiplying:
 // strips of w as they lie, `deep` lines at a time, which were asked for one such block before, so
-// that reading and multiplying take their time together. (float32, packed before, Zen 5 and
-// Sapphire Rapids: 16×1024→1024 185 → 115 µs and 240 → 155, 16×2048→2048 690 → 430 and 950 → 610.)
+// that reading and multiplying take their time together. (The product alone on two threads,
+// float32, packed and so, Zen 5 and Sapphire Rapids: 16×1024→1024 190 → 124 µs and 240 → 157,
+// 16×2048→2048 740 → 475 and 953 → 622.)
 template <class T, size_t kRows, size_t kVecs>
 void InPlaceProduct(size_t deep, const T* x, size_t x_row, size_t m, size_t k, Rows<const T> w,
                     size_t columns, Rows<float> out, Scratch* scratch) {
@@ -462,9 +463,9 @@ void InPlaceProduct(size_t deep, const T* x, size_t x_row, size_t m, size_t k, R
   }
 }
 
-// Some whole rows of W at a time, read from end to end. AMD's cores like fewer of them (float32,
-// 1024→1024: Zen 5, 1 row 4 of them 67 µs, 16 83, 8 rows 8 76, 16 83, 16 rows 116 and 111; Sapphire
-// Rapids 4 rows 110 and 95, 8 rows 130 and 110).
+// Some whole rows of W at a time, read from end to end. AMD's cores like fewer of them (the product
+// alone on two threads, float32, 1024→1024: Zen 5, 1 row, 4 of them 67 µs, 16 83; 8 rows, 8 of them
+// 76, 16 83; Sapphire Rapids, 8 rows, 8 of them 130, 16 110).
 template <class T>
 void StreamFew(const void* x_, size_t m, size_t k, size_t k0, size_t k1, const void* w_, size_t n,
                size_t j0, size_t columns, float* out, size_t out_row, Scratch* scratch) {

@@ -45,8 +45,8 @@ constexpr bool kAskWhilePacked = false;
 constexpr bool kAskWhilePacked = true;
 #endif
 
-// The tile of Nn for few rows, a strip of two lines. In one of four lines, as 6 × 4 has, a thread
-// asks memory for W in bursts (float32, 16×1024→1024, Zen 5: 8 × 2 115 µs, 6 × 4 155, 4 × 4 150).
+// The tile of Nn for 5 to 8 rows, a strip of two lines (Zen 5, float32, a layer of 8×1024→1024 100
+// µs, with 6 × 4 122; 8×2048→2048 357 and 440).
 #if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
 constexpr size_t kFewNnRows = 8, kFewNnVecs = 2;
 #else
@@ -207,7 +207,7 @@ HWY_INLINE void NnPanel(size_t m, size_t k, Scalars a, Rows<const TB> b, float s
     return;
   }
   // The last two tiles have half of what is left each: a tile of one row waits for its own sums as
-  // long as one of four takes (Zen 5, float32, 15×1024→1024: 8 + 4 + 2 + 1 rows 217 µs, 8 + 7 165).
+  // long as one of four takes (Zen 5, float32, 15×1024→1024: 8 + 4 + 2 + 1 rows 217 µs, 8 + 7 167).
   // A size is named once, or its tile would become a function that knows no constants.
   while (m > 0) {
     switch (m >= 2 * kRows ? kRows : m > kRows ? (m + 1) / 2 : m) {
