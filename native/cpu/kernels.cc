@@ -267,9 +267,10 @@ void Transpose(const void* a_, size_t r, size_t k0, size_t k1, Panels<float> at)
   }
 }
 
-// Rows of `columns` elements into panels.
+// Rows of `columns` elements into panels; the line that lies `ahead` elements further on is asked
+// for.
 template <class T>
-void PackRows(Rows<const T> from, size_t rows, size_t columns, Panels<float> to) {
+void PackRows(Rows<const T> from, size_t rows, size_t columns, Panels<float> to, size_t ahead = 0) {
   for (size_t p = 0; p < rows; ++p) {
     const T* row = from.data + p * from.row;
     size_t j = 0;
@@ -277,6 +278,10 @@ void PackRows(Rows<const T> from, size_t rows, size_t columns, Panels<float> to)
       float* panel = InPanel(to, j) + p * to.row;
       JAX_FUSED_LORA_UNROLL
       for (size_t i = 0; i < kPanel; i += kLanes) {
+        if (ahead != 0 && i * sizeof(T) % Ahead<1>::kLine == 0) {
+          const size_t bytes = (j + i + ahead) * sizeof(T);
+          PrefetchToSecondCache(reinterpret_cast<uintptr_t>(row) + bytes);
+        }
         StoreFloat(LoadFloat(row + j + i), panel + i);
       }
     }
@@ -465,7 +470,9 @@ void InPlaceProduct(size_t deep, const T* x, size_t x_row, size_t m, size_t k, R
 
 // Some whole rows of W at a time, read from end to end. AMD's cores like fewer of them (the product
 // alone on two threads, float32, 1024→1024: Zen 5, 1 row, 4 of them 67 µs, 16 83; 8 rows, 8 of them
-// 76, 16 83; Sapphire Rapids, 8 rows, 8 of them 130, 16 110).
+// 76, 16 83; Sapphire Rapids, 8 rows, 8 of them 130, 16 110), and for one or two rows their own
+// prefetchers alone (Zen 3, 2048→2048, the next rows asked for and not: 1 row 970 and 810 µs, 2
+// rows 1000 and 880, 4 rows 900 and 1040).
 template <class T>
 void StreamFew(const void* x_, size_t m, size_t k, size_t k0, size_t k1, const void* w_, size_t n,
                size_t j0, size_t columns, float* out, size_t out_row, Scratch* scratch) {
@@ -477,7 +484,9 @@ void StreamFew(const void* x_, size_t m, size_t k, size_t k0, size_t k1, const v
                                                      columns, {out, out_row}, scratch);
   }
   for (size_t i = 0; k0 == k1 && i < m; ++i) std::fill_n(out + i * out_row, columns, 0.0f);
-  const auto stream = IsAmd() ? StreamRows<4, true, T> : StreamRows<16, true, T>;
+  const auto stream = !IsAmd() ? StreamRows<16, true, T>
+                      : m <= 2 ? StreamRows<4, false, T>
+                               : StreamRows<4, true, T>;
   for (size_t p = k0; p < k1; p += kDepth) {
     const size_t depth = std::min(kDepth, k1 - p);
     const Rows<const float> xf = Widened(x + p, k, m, depth, scratch->rows);
@@ -491,7 +500,7 @@ struct Straight {
   size_t n;
 
   void operator()(size_t p, size_t j, size_t depth, size_t width, Panels<float> to) const {
-    PackRows<T>({w + p * n + j, n}, depth, width, to);
+    PackRows<T>({w + p * n + j, n}, depth, width, to, kTilesAsk ? 0 : Scratch::kPanel);
   }
   Ahead<8> Soon(size_t p, size_t j, size_t, size_t width) const {
     return {w + p * n + j, n, width};
@@ -561,7 +570,7 @@ void PackedProduct(const T* x, size_t m, size_t k, const Pack& pack, size_t colu
       };
       const bool more = j + width < columns;
       const size_t next_j = more ? j + width : 0, next_p = more ? p : p + depth;
-      if (kAskWhilePacked && next_p < k) {
+      if (kTilesAsk && next_p < k) {
         const size_t next_depth = std::min(depth_at(next_p), k - next_p);
         multiply(pack.Soon(next_p, next_j, next_depth, std::min(kWidth, columns - next_j)));
       } else {
@@ -586,7 +595,7 @@ template <class T>
 void Product(const void* x_, size_t m, size_t k, const void* w_, size_t n, size_t j0,
              size_t columns, float* out, Scratch* scratch) {
   const T* x = static_cast<const T*>(x_);
-  if (m > Scratch::kDepthRows) {
+  if (m > kInPlaceRows) {
     return PackedProduct<T, float>(x, m, k, Packing<T>(w_, n, j0), columns, {}, nullptr,
                                    {out, columns}, scratch);
   }

@@ -38,12 +38,19 @@ constexpr size_t kNnRows = 6, kNnVecs = 4, kNtRows = 6, kNtCols = 4;
 constexpr size_t kPanel = kNnVecs * kLanes;
 
 // Whether the tiles of a packed product ask for what will be packed next: x86 before AVX-512 loses
-// more by the instructions than it gains.
+// more by the instructions than it gains, and asks while it packs (Zen 3, float32, two threads, the
+// product alone: 64×1024→1024 1660 → 1320 µs, 128 rows 2350 → 2150, 256 rows the same).
 #if HWY_ARCH_X86 && HWY_TARGET > HWY_AVX3
-constexpr bool kAskWhilePacked = false;
+constexpr bool kTilesAsk = false;
 #else
-constexpr bool kAskWhilePacked = true;
+constexpr bool kTilesAsk = true;
 #endif
+
+// Up to which rows W is multiplied as it lies. A strip that is one line wide has its lines in one
+// set of the first cache where W's rows are a power of two apart, and each tile of rows brings them
+// from the second anew: there only two tiles do (Zen 3, float32, 1024→1024, as it lies and packed:
+// 12 rows 500 and 550 µs, 16 690 and 650, 32 1150 and 840, 64 2300 and 1290).
+constexpr size_t kInPlaceRows = kPanel > 16 ? Scratch::kDepthRows : 2 * kNnRows;
 
 // The tile of Nn for 5 to 8 rows, a strip of two lines (Zen 5, float32, a layer of 8×1024→1024 100
 // µs, with 6 × 4 122; 8×2048→2048 357 and 440).
