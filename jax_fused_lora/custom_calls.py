@@ -36,7 +36,7 @@ def forward(
     x = x.reshape(*x.shape[:axes], m, k)
     operands = (x, lora_a, lora_b, *rest)
     if form == "base":
-        operands = (*operands[:3], _base(library, axes, x, rest[0], 0), *rest[1:])
+        operands = (*operands[:3], _base(axes, x, rest[0], 0), *rest[1:])
     few = library == "cpu" and form == "kernel" and sizes.product_rows <= _FEW_ROWS
     slices = _product_slices(k, n, x.dtype.itemsize) if few else 1
     floats = {
@@ -86,7 +86,7 @@ def backward(
     g, x, h = (o.reshape(*o.shape[:axes], m, o.shape[-1]) for o in (g, x, h))
     operands = (g, x, lora_a, lora_b, h, *rest)
     if form == "base":
-        operands = (*operands[:5], _base(library, axes, g, rest[0], 1))
+        operands = (*operands[:5], _base(axes, g, rest[0], 1))
     count = math.prod(sizes.batch)
     slices = _row_slices(m) if library == "cpu" and count == 1 else 1
     wide_b = lora_b.dtype == jnp.float32  # read where it lies, as dB is summed where it belongs
@@ -190,10 +190,8 @@ def _route(
     return library, rule(library, problem, product=load(library).product, named=named)
 
 
-def _base(library: str, axes: int, rows: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
+def _base(axes: int, rows: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
     """x·W (axis 0) or g·Wᵀ (axis 1) in float32, by XLA."""
-    if forms.widens_base(library, rows.dtype):
-        rows, kernel = rows.astype(jnp.float32), kernel.astype(jnp.float32)
     return batch.each(lambda x, w: reference.contract(x, w, -1, axis), axes, [rows, kernel])
 
 

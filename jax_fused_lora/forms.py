@@ -14,17 +14,19 @@ W; on CUDA it is the one for few rows, and for any number where the library has 
 own.
 
 The limits of the CPU's forms were measured with `benchmarks/forms.py`, jax 0.10.2, layers 512 to
-2048 wide, on two-core x86-64 servers: an Intel one with AVX-512 and AMX, an AMD one (Zen 3) with
-AVX2. Where the two disagree a limit lies between them and costs either less than a tenth there.
+2048 wide, on two-core x86-64 servers: Intel ones with AVX-512 and AMX, AMD ones with AVX2 (Zen 3)
+and with AVX-512. Where two disagree a limit lies between them and costs either less than a tenth
+there.
 
 The limits follow from how XLA multiplies: float32 reaches its speed at some hundred rows; 16-bit
 types are widened, all of W, in every call. With AVX-512 our product is ahead at any number of rows:
 in float32 (512 to 2048 rows, layers of 512 to 4096, forward alone and with the backward pass) it
 takes 0.90 to 0.96 of "base", in float16 (64 to 2048 rows of 1024 and 2048) 0.4 to 0.78 forward and
-0.43 to 0.93 with the backward pass. With AVX2 it was not measured since it was rewritten; the
-limits there are those of the one before. Where the CPU has AMX, bfloat16 runs on it from few rows
-on, at up to four times our speed, and there the low-rank products are best left in the same program
-until they are many enough for the saved sweeps to count.
+0.43 to 0.93 with the backward pass. With AVX2 it takes 0.65 to 0.96 of "base" in 16 bits forward
+(256 to 2048 rows of 1024 and 2048) and 0.84 to 1.02 with the backward pass; in float32 either is
+ahead, by some percent, and by up to a quarter where the machine is unsteady. Where the CPU has AMX,
+bfloat16 runs on it from few rows on, at up to four times our speed, and there the low-rank products
+are best left in the same program until they are many enough for the saved sweeps to count.
 """
 
 import functools
@@ -100,20 +102,16 @@ _ANY = _Limits(1 << 62, 1 << 62)  # number of rows
 
 _FORWARD = {
     "float32": _Limits(96, 97),
-    "float16": _Limits(512, 513),
-    "bfloat16": _Limits(512, 513),
+    "float16": _ANY,
+    "bfloat16": _ANY,
     "float32 on AVX-512": _ANY,
-    "float16 on AVX-512": _ANY,
-    "bfloat16 on AVX-512": _ANY,
     "bfloat16 on AMX": _Limits(16, 256),
 }
 _BACKWARD = {
     "float32": _Limits(64, 65),
-    "float16": _Limits(128, 129),
-    "bfloat16": _Limits(128, 129),
+    "float16": _ANY,
+    "bfloat16": _ANY,
     "float32 on AVX-512": _ANY,
-    "float16 on AVX-512": _ANY,
-    "bfloat16 on AVX-512": _ANY,
     "bfloat16 on AMX": _Limits(16, 96),
 }
 
@@ -237,21 +235,12 @@ def _tma_takes(problem: Problem) -> bool:
     return whole and problem.dtype != "float32" and not problem.wide_b
 
 
-def widens_base(library: str, dtype: jax.typing.DTypeLike) -> bool:
-    """Whether x and W are brought to float32 before XLA multiplies them, in form "base".
-
-    Not on GPUs. On the CPU the sums are the same, and asked for float32 sums of bfloat16, XLA
-    without AMX is slower than with float32 operands: 512×1024→1024 on Zen 3, 13.1 ms against 8.5.
-    """
-    return library == "cpu" and not _kind(dtype).endswith("AMX")
-
-
 def _kind(dtype: jax.typing.DTypeLike) -> str:
     """The dtype, and what this CPU has of its own for it."""
     name = jnp.dtype(dtype).name
     if name == "bfloat16" and "amx_bf16" in _cpu_flags():
         return f"{name} on AMX"
-    return f"{name} on AVX-512" if "avx512bw" in _cpu_flags() else name
+    return f"{name} on AVX-512" if name == "float32" and "avx512bw" in _cpu_flags() else name
 
 
 @functools.cache

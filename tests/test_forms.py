@@ -120,13 +120,17 @@ def test_a_named_library_is_never_xla():
                 assert forms.backward_form(library, problem, named=True) != "xla"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize(
-    ("flags", "form"),
-    [({"avx2"}, "base"), ({"avx2", "avx512bw"}, "kernel")],
-    ids=["AVX2", "AVX-512"],
+    ("dtype", "flags", "form"),
+    [
+        ("float32", {"avx2"}, "base"),
+        ("float32", {"avx2", "avx512bw"}, "kernel"),
+        ("float16", {"avx2"}, "kernel"),
+        ("bfloat16", {"avx2"}, "kernel"),
+        ("bfloat16", {"avx2", "avx512bw", "amx_bf16"}, "base"),
+    ],
 )
-def test_with_avx512_the_cpu_multiplies_any_number_of_rows(flags, form, dtype, monkeypatch):
+def test_who_multiplies_many_rows_on_a_cpu(dtype, flags, form, monkeypatch):
     monkeypatch.setattr(forms, "_cpu_flags", lambda: frozenset(flags))
     problem = layer(1 << 20, dtype=dtype)
     assert forms.forward_form("cpu", problem) == forms.backward_form("cpu", problem) == form
