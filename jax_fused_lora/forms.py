@@ -126,9 +126,10 @@ _CUDA_FEW_ROWS = 16
 # Rows that one kernel of the tensor cores serves, up to 64 ranks in whole 16 bytes. 4096→4096: 32
 # rows 0.78 and 0.85, 64 rows 0.69 and 0.74, 128 rows 0.74 and 0.79; 1024→1024: 64 rows 0.96 and
 # 0.81, 128 rows 0.70 and 0.85; 4096→11008: 0.85 and 0.78, 0.85 and 0.86; 4096→1024, rank 64: 0.86,
-# 1.01. Smaller layers were not measured.
-_CUDA_SOME_ROWS, _CUDA_FEW_RANK, _CUDA_FEW_WORK = 128, 64, 1 << 20
-_CUDA_SOME_ROWS_BACKWARD = 32
+# 1.01; 768→768: 128 rows 0.68 and 0.92; 512→512, rank 8: 64 rows 1.04 and 0.92. Smaller layers were
+# not measured. Fewer rows with the backward pass, by name and by the definition: 16 rows of 4096
+# wide 0.90 and 1.09, of 1024 0.91 and 1.37, one row of 4096 1.01 and 1.11.
+_CUDA_SOME_ROWS, _CUDA_FEW_RANK, _CUDA_FEW_WORK = 128, 64, 1 << 18
 # More of them, up to 32 ranks and 4096 wide: 160 to 256 rows of 4096→4096 1.00 to 0.91 and 0.98 to
 # 0.91 (rank 32: 1.00 to 0.95, 1.03 to 0.99), of 2048→2048 0.72 to 0.63 and 0.86 to 0.75, of
 # 1024→1024 0.72 to 0.59 and 0.85 to 0.78. But 11008→4096: 1.07 to 0.98 and 1.04.
@@ -153,7 +154,7 @@ def forward_form(
         product = product and _tma_takes(problem)
         measured = problem.rank <= _CUDA_FEW_RANK and problem.k * problem.n >= _CUDA_FEW_WORK
         few = problem.rows <= _CUDA_FEW_ROWS and measured
-        wins = few or _some_rows(problem, 1) or _many_rows(problem, problem.n)
+        wins = few or _some_rows(problem) or _many_rows(problem, problem.n)
         return _cuda_form(problem, product, wins, named)
     return _form(library, problem, _FORWARD, named)
 
@@ -165,7 +166,7 @@ def backward_form(
     if library == "cuda":
         # dx = g·Wᵀ + t·Aᵀ reads A as its rows lie, one rank after the other.
         takes = _tma_takes(problem) and problem.rank % 8 == 0
-        some = _some_rows(problem, _CUDA_SOME_ROWS_BACKWARD)
+        some = _some_rows(problem)
         wins = some or _many_rows(problem, problem.k)
         return _cuda_form(problem, product and takes, wins, named)
     return _form(library, problem, _BACKWARD, named)
@@ -193,13 +194,13 @@ def _cuda_form(problem: Problem, product: bool, wins: bool, named: bool) -> str:
     return "kernel" if product or problem.rows <= _CUDA_FEW_ROWS else "base"
 
 
-def _some_rows(problem: Problem, fewest: int) -> bool:
-    """Whether one kernel does all of the layer and is faster, from `fewest` rows on."""
+def _some_rows(problem: Problem) -> bool:
+    """Whether one kernel does all of the layer and is faster."""
     rows, rank, work = problem.rows, problem.rank, problem.k * problem.n
     some = rows <= _CUDA_SOME_ROWS and rank <= _CUDA_FEW_RANK
     narrow = max(problem.k, problem.n) <= _CUDA_MORE_WIDTH
     more = rows <= _CUDA_MORE_ROWS and rank <= _CUDA_MORE_RANK and narrow
-    return rows >= fewest and (some or more) and rank % 8 == 0 and work >= _CUDA_FEW_WORK
+    return (some or more) and rank % 8 == 0 and work >= _CUDA_FEW_WORK
 
 
 def _many_rows(problem: Problem, columns: int) -> bool:
@@ -211,7 +212,8 @@ def _many_rows(problem: Problem, columns: int) -> bool:
     and back 1.26 to 1.28; but 384 rows 0.88 and 0.94, 448 rows 1.10 and 1.08, 768 rows 0.99 and
     1.04, 1024 rows 0.81 and 0.93, 1280 rows 1.05 and 1.03, 8192 rows 0.81 and 0.86, 512 rows of
     4096→11008 0.90 and 0.94, 1024 rows of 2048→2048 1.06 and 1.08. Half of a round is fast, too:
-    512 rows of 2048→2048 0.95 and 0.97, 384 rows of 4096→1024 1.02 and 1.13.
+    512 rows of 2048→2048 0.95 and 0.97, 384 rows of 4096→1024 1.02 and 1.13. Of 768→768 1024 rows
+    take 0.75 and 0.96, 4096 rows 0.76 and 0.88 (the definition 1.35 and 1.38).
     """
     rows, wide = problem.rows, max(problem.k, problem.n) > _CUDA_MORE_WIDTH
     if rows < (512 if wide else _CUDA_MANY_ROWS) or problem.k * problem.n < _CUDA_FEW_WORK:
