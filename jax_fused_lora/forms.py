@@ -121,15 +121,17 @@ _BACKWARD = {
 # the definition, rounds once and takes 1.08 to 1.31 and 1.02 to 1.37.
 #
 # Rows that one pass over W serves: 1 and 16 rows of 4096→4096 take 0.87 and 0.90 of XLA's time, of
-# 1024→1024 0.77 and 0.72; with the backward pass 1.05 and 0.95, 1.11 and 1.04.
-_CUDA_FEW_ROWS = 16
+# 1024→1024 0.77 and 0.72. Where the kernel below does not take the rank, 16 rows of 512→512, rank
+# 12, take 2.4: so not of smaller layers.
+_CUDA_FEW_ROWS, _CUDA_FEW_WORK = 16, 1 << 20
 # Rows that one kernel of the tensor cores serves, up to 64 ranks in whole 16 bytes. 4096→4096: 32
 # rows 0.78 and 0.85, 64 rows 0.69 and 0.74, 128 rows 0.74 and 0.79; 1024→1024: 64 rows 0.96 and
 # 0.81, 128 rows 0.70 and 0.85; 4096→11008: 0.85 and 0.78, 0.85 and 0.86; 4096→1024, rank 64: 0.86,
-# 1.01; 768→768: 128 rows 0.68 and 0.92; 512→512, rank 8: 64 rows 1.04 and 0.92. Smaller layers were
-# not measured. Fewer rows with the backward pass, by name and by the definition: 16 rows of 4096
-# wide 0.90 and 1.09, of 1024 0.91 and 1.37, one row of 4096 1.01 and 1.11.
-_CUDA_SOME_ROWS, _CUDA_FEW_RANK, _CUDA_FEW_WORK = 128, 64, 1 << 18
+# 1.01; 768→768: 128 rows 0.68 and 0.92; 512→512, rank 8: 1 row 1.02 and 1.01 to 1.22, 16 rows 0.96
+# and 1.11, 64 rows 1.04 and 0.92 (the definition 1.12 and 1.44). Smaller ones were not measured.
+# Few rows and the backward pass, here and by the definition: 16 rows of 4096→4096 0.87 and 1.09, of
+# 1024→1024 0.91 to 1.14 and 1.37, one row of these 1.02 and 1.11, 1.08 to 1.19 and 1.08.
+_CUDA_SOME_ROWS, _CUDA_FEW_RANK, _CUDA_SOME_WORK = 128, 64, 1 << 18
 # More of them, up to 32 ranks and 4096 wide: 160 to 256 rows of 4096→4096 1.00 to 0.91 and 0.98 to
 # 0.91 (rank 32: 1.00 to 0.95, 1.03 to 0.99), of 2048→2048 0.72 to 0.63 and 0.86 to 0.75, of
 # 1024→1024 0.72 to 0.59 and 0.85 to 0.78. But 11008→4096: 1.07 to 0.98 and 1.04.
@@ -166,8 +168,7 @@ def backward_form(
     if library == "cuda":
         # dx = g·Wᵀ + t·Aᵀ reads A as its rows lie, one rank after the other.
         takes = _tma_takes(problem) and problem.rank % 8 == 0
-        some = _some_rows(problem)
-        wins = some or _many_rows(problem, problem.k)
+        wins = _some_rows(problem) or _many_rows(problem, problem.k)
         return _cuda_form(problem, product and takes, wins, named)
     return _form(library, problem, _BACKWARD, named)
 
@@ -200,7 +201,7 @@ def _some_rows(problem: Problem) -> bool:
     some = rows <= _CUDA_SOME_ROWS and rank <= _CUDA_FEW_RANK
     narrow = max(problem.k, problem.n) <= _CUDA_MORE_WIDTH
     more = rows <= _CUDA_MORE_ROWS and rank <= _CUDA_MORE_RANK and narrow
-    return (some or more) and rank % 8 == 0 and work >= _CUDA_FEW_WORK
+    return (some or more) and rank % 8 == 0 and work >= _CUDA_SOME_WORK
 
 
 def _many_rows(problem: Problem, columns: int) -> bool:
@@ -216,7 +217,7 @@ def _many_rows(problem: Problem, columns: int) -> bool:
     take 0.75 and 0.96, 4096 rows 0.76 and 0.88 (the definition 1.35 and 1.38).
     """
     rows, wide = problem.rows, max(problem.k, problem.n) > _CUDA_MORE_WIDTH
-    if rows < (512 if wide else _CUDA_MANY_ROWS) or problem.k * problem.n < _CUDA_FEW_WORK:
+    if rows < (512 if wide else _CUDA_MANY_ROWS) or problem.k * problem.n < _CUDA_SOME_WORK:
         return False
     multiprocessors, tile = 132, 128
 

@@ -103,6 +103,12 @@ def test_a_rank_of_no_whole_rows_is_left_to_xla_with_some_rows_and_backward():
     assert both(layer(8192, rank=12), product=True, named=True) == ("kernel", "base")
 
 
+def test_a_rank_of_no_whole_rows_is_left_to_xla_in_a_small_layer():
+    assert both(layer(16, k=512, n=512, rank=16), product=True) == ("kernel", "kernel")
+    assert both(layer(16, k=512, n=512, rank=12), product=True) == ("xla", "xla")
+    assert both(layer(16, rank=12), product=True) == ("kernel", "xla")
+
+
 def test_a_library_without_the_product_serves_by_name():
     assert both(layer(8192)) == ("xla", "xla")
     assert both(layer(8192), named=True) == ("base", "base")
