@@ -136,9 +136,10 @@ _CUDA_SOME_ROWS, _CUDA_FEW_RANK, _CUDA_SOME_WORK = 128, 64, 1 << 18
 # 0.91 (rank 32: 1.00 to 0.95, 1.03 to 0.99), of 2048→2048 0.72 to 0.63 and 0.86 to 0.75, of
 # 1024→1024 0.72 to 0.59 and 0.85 to 0.78. But 11008→4096: 1.07 to 0.98 and 1.04.
 _CUDA_MORE_ROWS, _CUDA_MORE_RANK, _CUDA_MORE_WIDTH = 256, 32, 4096
-# Rows from which the product with the rank inside it may be ahead; `_many_rows` says where it is.
-# 288 rows of 4096→1024 take 1.39, of 4096→4096 1.53.
-_CUDA_MANY_ROWS = 384
+# Rows from which the product with the rank inside it may be ahead, and with wider layers;
+# `_many_rows` says where it is. 384 rows of 4096→11008 take 1.26 and 1.28, 400 rows and more of it
+# and of 11008→4096 1.04 to 0.94.
+_CUDA_MANY_ROWS, _CUDA_MANY_WIDE_ROWS = 257, 385
 
 
 def forward_form(
@@ -208,16 +209,19 @@ def _many_rows(problem: Problem, columns: int) -> bool:
     """Whether the product (rows, columns) with the rank inside it is faster than the definition.
 
     It goes in rounds, one tile of 128×128 or two for each of an H100's multiprocessors, tiles in
-    pairs of rows. The last round must not be too empty, or XLA's smaller tiles win: 4096→4096, 640
-    rows take 1.25 and with the backward pass 1.27, 320 rows 1.34 and 1.23, 384 rows of 4096→11008
-    and back 1.26 to 1.28; but 384 rows 0.88 and 0.94, 448 rows 1.10 and 1.08, 768 rows 0.99 and
-    1.04, 1024 rows 0.81 and 0.93, 1280 rows 1.05 and 1.03, 8192 rows 0.81 and 0.86, 512 rows of
-    4096→11008 0.90 and 0.94, 1024 rows of 2048→2048 1.06 and 1.08. Half of a round is fast, too:
-    512 rows of 2048→2048 0.95 and 0.97, 384 rows of 4096→1024 1.02 and 1.13. Of 768→768 1024 rows
-    take 0.75 and 0.96, 4096 rows 0.76 and 0.88 (the definition 1.35 and 1.38).
+    pairs of rows. One round is fast, however full: 288 rows of 4096→4096 1.07 and 1.09, 320 rows
+    0.99 and 0.96, 384 rows 0.91 and 0.92, 512 rows 0.82 and 0.88, 640 rows of 2048→2048 0.87 and
+    0.93, 1100 rows of 1024→1024 0.75 and 0.73, 288 to 448 rows of 4096→1024 1.20 to 1.06 and 1.17
+    to 1.09. Of more, the last must not be too empty, or XLA's smaller tiles win: 640 rows of
+    4096→4096 take 1.25 and 1.27, but 768 rows 0.99 and 1.04, 1024 rows 0.81 and 0.93, 1280 rows
+    1.05 and 1.03, 8192 rows 0.81 and 0.86, 512 rows of 4096→11008 0.90 and 0.94, 1024 rows of
+    2048→2048 1.06 and 1.08, 1100 rows of 4096→1024 with the backward pass 0.81. Of 768→768 1024
+    rows take 0.75 and 0.96, 4096 rows 0.76 and 0.88 (the definition 1.35 and 1.38). Least is won in
+    narrow layers: 512 rows of 2048→256 1.09 and 1.24.
     """
     rows, wide = problem.rows, max(problem.k, problem.n) > _CUDA_MORE_WIDTH
-    if rows < (512 if wide else _CUDA_MANY_ROWS) or problem.k * problem.n < _CUDA_SOME_WORK:
+    fewest = _CUDA_MANY_WIDE_ROWS if wide else _CUDA_MANY_ROWS
+    if rows < fewest or problem.k * problem.n < _CUDA_SOME_WORK:
         return False
     multiprocessors, tile = 132, 128
 
@@ -228,8 +232,8 @@ def _many_rows(problem: Problem, columns: int) -> bool:
         return -(-tiles(width) // multiprocessors)
 
     lasts = min(1.1 * rounds(tile), 2 * rounds(2 * tile))  # as long as so many tiles
-    full = rows * columns / tile**2 >= 0.65 * lasts * multiprocessors
-    return full or tiles(tile) <= multiprocessors / 2
+    full = rows * columns / tile**2 >= 0.62 * lasts * multiprocessors
+    return full or rounds(tile) == 1
 
 
 def _tma_takes(problem: Problem) -> bool:

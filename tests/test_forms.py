@@ -29,9 +29,8 @@ def layer(rows, k=4096, n=4096, rank=16, dtype="bfloat16", has_kernel=True, wide
         (128, "kernel", "kernel"),
         (129, "kernel", "kernel"),
         (256, "kernel", "kernel"),
-        (257, "xla", "xla"),
-        (383, "xla", "xla"),
-        (384, "kernel", "kernel"),  # most of a round
+        (257, "kernel", "kernel"),  # a round, at most
+        (384, "kernel", "kernel"),
         (512, "kernel", "kernel"),
         (640, "xla", "xla"),  # a second round of tiles for 28 of 160
         (1024, "kernel", "kernel"),
@@ -46,15 +45,19 @@ def test_cuda_takes_by_default_what_it_is_faster_at(rows, forward, backward):
 @pytest.mark.parametrize(
     ("problem", "forward", "backward"),
     [
-        (layer(384, k=2048, n=2048), "kernel", "kernel"),  # half of a round
-        (layer(288, k=4096, n=1024), "xla", "xla"),
-        (layer(640, k=2048, n=2048), "xla", "xla"),
+        (layer(384, k=2048, n=2048), "kernel", "kernel"),
+        (layer(288, k=4096, n=1024), "kernel", "kernel"),
+        (layer(640, k=2048, n=2048), "kernel", "kernel"),
+        (layer(1100, k=4096, n=1024), "kernel", "kernel"),
+        (layer(1280, k=2048, n=2048), "xla", "xla"),
         (layer(1024, k=2048, n=2048), "kernel", "kernel"),
-        (layer(448, k=4096, n=11008), "xla", "xla"),  # so wide only from 512 rows on
+        (layer(384, k=4096, n=11008), "xla", "xla"),  # so wide only from 385 rows on
+        (layer(400, k=4096, n=11008), "xla", "kernel"),
+        (layer(450, k=4096, n=11008), "kernel", "kernel"),
         (layer(512, k=4096, n=11008), "kernel", "kernel"),
     ],
 )
-def test_tiles_fill_most_of_a_round_or_less_than_half_of_one(problem, forward, backward):
+def test_tiles_fill_most_of_their_rounds_or_are_one(problem, forward, backward):
     assert both(problem, product=True) == (forward, backward)
 
 

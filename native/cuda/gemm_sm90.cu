@@ -87,6 +87,36 @@ struct cutlass::gemm::kernel::detail::HasAuxiliaryLoad<jax_fused_lora::WithSecon
 
 namespace jax_fused_lora {
 
+// Where rows are no whole tiles, the last tile begins earlier, and computes the rows that it shares
+// with the one before a second time, to the same bits: rows that are not there cost more than rows,
+// as the copy engine writes their zeros more slowly than it brings what is there.
+//
+// A tile's first row is its number times its height, and so x, h16 and y are described to the
+// engine as two matrices each, `Missing` rows apart. The first begins so many rows before what is
+// there, none of which is ever asked for, and has the last tile; the second has the others.
+template <int tile_rows>
+struct LastTile {
+  CUTE_HOST_DEVICE static int Missing(int m) {
+    return m > tile_rows ? cute::ceil_div(m, tile_rows) * tile_rows - m : 0;
+  }
+  // Which of the two has a tile.
+  CUTE_HOST_DEVICE static int Matrix(int m, int tile) {
+    return Missing(m) > 0 && tile < m / tile_rows ? 1 : 0;
+  }
+  static auto Shape(int m, int columns) {
+    return cute::make_shape(m + Missing(m), columns, Missing(m) > 0 ? 2 : 1);
+  }
+  template <class T>
+  static T* Begin(T* matrix, int m, int64_t row) {
+    return matrix - Missing(m) * row;
+  }
+  template <class Stride>
+  static Stride Strides(Stride stride, int m) {
+    cute::get<2>(stride) = Missing(m) * cute::get<0>(stride);
+    return stride;
+  }
+};
+
 // CUTLASS calls the left operand (x) A, the right one (W) B and the result D.
 //
 // A mainloop that goes on with h16 and the factor after x and W. The kernel around it is given a K
@@ -107,6 +137,7 @@ struct WithRank : Mainloop {
   using StrideB = typename Mainloop::StrideB;
 
   static constexpr int kTileM = cute::size<0>(TileShape{});
+  using Last = LastTile<kTileM>;
   static constexpr int kRanks = 32;  // of a stage
   static constexpr int kStep = 16;   // K of a wgmma
   static_assert(cute::size<2>(TileShape{}) == kTileK && kTileK == 2 * kRanks &&
@@ -125,7 +156,7 @@ struct WithRank : Mainloop {
   struct Params : Mainloop::Params {
     typename Mainloop::Params::TMA_A tma_load_h16;
     typename Mainloop::Params::TMA_B tma_load_factor;
-    int k_tiles, r;  // k_tiles: tiles of x and W
+    int m, k_tiles, r;  // k_tiles: tiles of x and W
     const unsigned* done;
     int done_count;
   };
@@ -147,6 +178,17 @@ struct WithRank : Mainloop {
     Params params;
     static_cast<typename Mainloop::Params&>(params) =
         Mainloop::to_underlying_arguments(cute::make_shape(m, n, given.k), given, nullptr);
+    const auto matrix_like_x = [m = m](Element const* matrix, int columns, auto stride) {
+      auto* const begin = reinterpret_cast<typename Mainloop::InternalElementA const*>(
+          Last::Begin(matrix, m, cute::get<0>(stride)));
+      return cute::make_tma_copy_A_sm90(
+          CopyA{},
+          cute::make_tensor(begin,
+                            cute::make_layout(Last::Shape(m, columns), Last::Strides(stride, m))),
+          SmemLayoutA{}(_, _, cute::Int<0>{}), TileShape{}, ClusterShape{});
+    };
+    params.tma_load_a = matrix_like_x(given.ptr_A, given.k, given.dA);
+    params.m = m;
     params.k_tiles = cute::ceil_div(given.k, kTileK);
     params.r = given.r;
     params.done = given.done;
@@ -156,14 +198,10 @@ struct WithRank : Mainloop {
       params.tma_load_factor = params.tma_load_b;
       return params;
     }
-    auto h16 = cute::make_tensor(
-        reinterpret_cast<typename Mainloop::InternalElementA const*>(given.h16),
-        cute::make_layout(cute::make_shape(m, int(GemmSm90Width(given.r)), 1), given.h16_stride));
+    params.tma_load_h16 = matrix_like_x(given.h16, int(GemmSm90Width(given.r)), given.h16_stride);
     auto factor = cute::make_tensor(
         reinterpret_cast<typename Mainloop::InternalElementB const*>(given.factor),
         cute::make_layout(cute::make_shape(n, given.r, 1), given.factor_stride));
-    params.tma_load_h16 = cute::make_tma_copy_A_sm90(
-        CopyA{}, h16, SmemLayoutA{}(_, _, cute::Int<0>{}), TileShape{}, ClusterShape{});
     params.tma_load_factor = cute::make_tma_copy_B_sm90(
         CopyB{}, factor, SmemLayoutB{}(_, _, cute::Int<0>{}), TileShape{}, ClusterShape{});
     return params;
@@ -193,7 +231,8 @@ struct WithRank : Mainloop {
     // which takes less time than zeros (384 rows, W 4096→4096: 33.3 → 26.9 µs).
     auto [m_tile, n_tile, unused, batch] = coord;
     const auto inside = [](int tile, auto const& tiles) { return min(tile, size<2>(tiles) - 1); };
-    Tensor left = get<0>(inputs)(_, _, inside(m_tile, get<0>(inputs)), _, batch);
+    Tensor left =
+        get<0>(inputs)(_, _, inside(m_tile, get<0>(inputs)), _, Last::Matrix(params.m, m_tile));
     Tensor right = get<1>(inputs)(_, _, inside(n_tile, get<1>(inputs)), _, batch);
 
     // The blocks of a cluster that share a tile fetch a part of it each, for all of them.
@@ -285,9 +324,10 @@ struct WithRank : Mainloop {
       cutlass::arch::NamedBarrier::sync(2 * 32, kReadyBarrier);
     }
     if (lane != 0) return;
-    constexpr int kFlags = kTileM / kBesideRows;
-    const int first = cute::get<0>(coord) * kFlags;
-    for (int i = first; i < first + kFlags && i < params.done_count; ++i) {
+    const int tile = cute::get<0>(coord);
+    const int begin = tile * kTileM - (tile < params.m / kTileM ? 0 : Last::Missing(params.m));
+    const int end = min((begin + kTileM - 1) / kBesideRows + 1, params.done_count);
+    for (int i = begin / kBesideRows; i < end; ++i) {
       unsigned done;
       do {
         asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
@@ -345,6 +385,34 @@ struct WithRank : Mainloop {
   }
 };
 
+// An epilogue that knows y's last tile.
+template <class Base, int tile_rows>
+struct WithLastTile : Base {
+  using Base::Base;
+  using Last = LastTile<tile_rows>;
+  using Arguments = typename Base::Arguments;
+
+  template <class Problem>
+  static typename Base::Params to_underlying_arguments(Problem const& problem, Arguments given,
+                                                       void* workspace) {
+    auto [m, n, k] = problem;
+    given.ptr_D = Last::Begin(given.ptr_D, m, cute::get<0>(given.dD));
+    given.dD = Last::Strides(given.dD, m);
+    auto [rows, columns, matrices] = Last::Shape(m, n);
+    return Base::to_underlying_arguments(cute::make_shape(rows, columns, k, matrices), given,
+                                         workspace);
+  }
+
+  template <class Load, class LoadState, class Store, class StoreState, class Problem, class Tile,
+            class Coord, class... Rest>
+  CUTLASS_DEVICE auto store(Load load, LoadState load_state, Store store, StoreState store_state,
+                            Problem problem, Tile tile, Coord coord, Rest&&... rest) {
+    cute::get<3>(coord) = Last::Matrix(cute::get<0>(problem), cute::get<0>(coord));
+    return Base::store(load, load_state, store, store_state, problem, tile, coord,
+                       static_cast<Rest&&>(rest)...);
+  }
+};
+
 template <int tile>
 struct Tile;
 
@@ -385,11 +453,13 @@ struct Kernel {
       cutlass::epilogue::fusion::Sm90RowBroadcast<0, typename Tile::Shape, Element, float>,
       cutlass::epilogue::fusion::Sm90AccFetch>;
 
-  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename Tile::Shape,
-      typename Tile::Cluster, cutlass::epilogue::collective::EpilogueTileAuto, float, float, void,
-      RowMajor, kAlignment, Element, RowMajor, kAlignment, typename Tile::EpilogueSchedule,
-      PlusBias>::CollectiveOp;
+  using Epilogue =
+      WithLastTile<typename cutlass::epilogue::collective::CollectiveBuilder<
+                       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename Tile::Shape,
+                       typename Tile::Cluster, cutlass::epilogue::collective::EpilogueTileAuto,
+                       float, float, void, RowMajor, kAlignment, Element, RowMajor, kAlignment,
+                       typename Tile::EpilogueSchedule, PlusBias>::CollectiveOp,
+                   cute::size<0>(typename Tile::Shape{})>;
 
   using Mainloop = WithRank<typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, RowMajor, kAlignment, Element,

@@ -774,7 +774,7 @@ int Main(int argc, char** argv) {
   Buffer workspace(kWorkspace);
   const Cublas cublas(stream, workspace, kWorkspace);
   for (bool transposed : {false, true}) {
-    for (int64_t m : {1, 16, 32, 64, 96, 128, 160, 192, 256, 384, 448, 640, 1000}) {
+    for (int64_t m : {1, 16, 32, 64, 96, 128, 160, 192, 256, 288, 320, 384, 448, 640, 1000}) {
       TimeFew(m, 4096, 16, transposed, stream, cublas);
     }
   }
