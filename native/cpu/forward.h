@@ -39,7 +39,7 @@ constexpr int64_t kRowGap = 16;
 class Forward {
  public:
   Forward(const ForwardCall& call, int64_t threads, Workspace* space) : c_(call) {
-    if (!few_to_shrink_ && c_.r % static_cast<int64_t>(kernels_.panel) != 0) {
+    if (!few_to_shrink_ && !panels_) {
       at_ = Widened(c_.a, c_.dtype, true, c_.r, c_.k, Widened::kRowMajor, space);
     }
     if (!few_ || c_.b_dtype != ffi::DataType::F32) {
@@ -192,8 +192,8 @@ class Forward {
   const ForwardCall& c_;
   const Kernels& kernels_ = KernelsFor(c_.dtype);
   const bool few_ = c_.m <= kFew;
-  const bool few_to_shrink_ =
-      c_.m <= (c_.r % static_cast<int64_t>(kernels_.panel) == 0 ? kFewWithPanels : kFewToShrink);
+  const bool panels_ = c_.r % static_cast<int64_t>(kernels_.ranks) == 0;  // A's rows
+  const bool few_to_shrink_ = c_.m <= (panels_ ? kFewWithPanels : kFewToShrink);
   const bool product_ = c_.form == Form::kKernel;
 
   const int64_t row_block_ = RowBlock();

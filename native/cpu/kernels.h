@@ -60,7 +60,8 @@ struct LowRank {
 };
 
 struct Kernels {
-  size_t panel;    // columns of a panel of B, or ranks of a panel of A; divides 64
+  size_t panel;    // columns of a panel of B; divides 64
+  size_t ranks;    // of a panel of A
   size_t columns;  // of a block of a product, at most
 
   // h (m, r) = x (m, k) · a (k, r), for few rows: a is read as it lies.
