@@ -108,7 +108,8 @@ struct LastTile {
   }
   template <class T>
   static T* Begin(T* matrix, int m, int64_t row) {
-    return matrix - Missing(m) * row;
+    // An address alone, as it may lie outside of what there is.
+    return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(matrix) - Missing(m) * row * sizeof(T));
   }
   template <class Stride>
   static Stride Strides(Stride stride, int m) {
