@@ -138,7 +138,7 @@ _CUDA_SOME_ROWS, _CUDA_FEW_RANK, _CUDA_SOME_WORK = 128, 64, 1 << 18
 _CUDA_MORE_ROWS, _CUDA_MORE_RANK, _CUDA_MORE_WIDTH = 256, 32, 4096
 # Rows from which the product with the rank inside it may be ahead, and with wider layers;
 # `_many_rows` says where it is. 384 rows of 4096→11008 take 1.26 and 1.28, 400 rows and more of it
-# and of 11008→4096 1.04 to 0.94.
+# and of 11008→4096 1.06 to 0.94.
 _CUDA_MANY_ROWS, _CUDA_MANY_WIDE_ROWS = 257, 385
 
 

@@ -192,7 +192,7 @@ class Forward {
   const ForwardCall& c_;
   const Kernels& kernels_ = KernelsFor(c_.dtype);
   const bool few_ = c_.m <= kFew;
-  const bool panels_ = c_.r % static_cast<int64_t>(kernels_.ranks) == 0;  // A's rows
+  const bool panels_ = c_.r % static_cast<int64_t>(kernels_.ranks) == 0;  // whole ones, in A
   const bool few_to_shrink_ = c_.m <= (panels_ ? kFewWithPanels : kFewToShrink);
   const bool product_ = c_.form == Form::kKernel;
 

@@ -166,8 +166,8 @@ void ShrinkVectors(const T* x, size_t m, size_t k, const T* a, size_t r, float* 
 }
 
 // Where a row of A is whole vectors, lanes lie along the rank: A is read as it lies, and no lanes
-// are to be summed (float32, rank 16: 36×2048, Zen 3, 63 → 90 GFLOP/s, of 96; 512×2048, Zen 4, 79
-// → 110, of 112).
+// are to be summed (float32, rank 16: 36×2048, Zen 3, 63 → 90 GFLOP/s, of 96; 512×2048, Zen 4, 97
+// to 100 → 117).
 template <class T>
 void ShrinkPanels(const void* x, size_t m, size_t k, const void* a, size_t r, float* h,
                   Scratch* scratch) {
