@@ -20,6 +20,8 @@
 
 namespace jax_fused_lora {
 
+constexpr int64_t kBackwardRows = 36;  // of a sweep, whole tiles that share a second cache
+
 class Backward {
   // dA and dB are summed in parts of so many ranks, and rows at a time.
   static constexpr int64_t kSumRanks = 256, kSumRows = Scratch::kPanelDepth;
@@ -93,8 +95,8 @@ class Backward {
       if (db) std::fill_n(db, c_.r * c_.n, 0.0f);
     }
     Scratch* scratch = ThreadScratch();
-    for (int64_t m0 = begin; m0 < end; m0 += kRowBlock) {
-      const int64_t rows = std::min(kRowBlock, end - m0);
+    for (int64_t m0 = begin; m0 < end; m0 += kBackwardRows) {
+      const int64_t rows = std::min(kBackwardRows, end - m0);
       const bool add = m0 > begin;
       const float* hm = h + m0 * c_.r;
       const void* gm = At(g, m0 * c_.n, c_.dtype);
@@ -223,7 +225,7 @@ class Backward {
   const bool sliced_ = c_.slices > 1;  // else whoever has columns of dA or dB sums all rows
   const int64_t first_in_db_ = c_.b_dtype == ffi::DataType::F32;  // of the slices, 0 or 1
 
-  const int64_t sweep_ranges_ = sliced_ ? c_.slices : Blocks(c_.m, kRowBlock);
+  const int64_t sweep_ranges_ = sliced_ ? c_.slices : Blocks(c_.m, kBackwardRows);
   const int64_t da_columns_ = SumColumns(c_.k), da_ranges_ = Blocks(c_.k, da_columns_);
   const int64_t db_columns_ = SumColumns(c_.n), db_ranges_ = Blocks(c_.n, db_columns_);
 

@@ -15,8 +15,6 @@
 
 namespace jax_fused_lora {
 
-constexpr int64_t kRowBlock = 36;  // rows of a sweep, whole tiles that share a second cache
-
 // Below this many multiplications a second thread costs more than it brings: waking one takes
 // 5 to 10 µs, in which a core multiplies some 500,000 times. Reading W counts for more, since
 // that is memory's time.
