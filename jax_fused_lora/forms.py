@@ -116,6 +116,14 @@ _BACKWARD = {
 }
 
 
+# Rows up to which the low-rank part alone, of rank 1 in float32, is ours, and with its backward
+# pass none: XLA multiplies it number by number, in one loop with what is around it, and writes y
+# over x where x is not needed again. (Zen 4, two threads, 1024 wide: forward 1 row 0.68, 4 rows
+# 0.64, 64 rows 1.12, 512 rows 0.74, but of 2048 1.42; with the backward pass 1 row 1.14, 64 rows
+# 1.45, 128 rows 0.90.) In 16 bits ours is faster: 64 rows 0.78 and 0.85.
+_RANK_ONE_ROWS = 4
+
+
 # Of an H100, bfloat16, rank 16 unless said; the ratio, forward and with the backward pass, to the
 # time that XLA takes if h and t are rounded to bfloat16. What takes over where these kernels don't,
 # the definition, rounds once and takes 1.08 to 1.31 and 1.02 to 1.37.
@@ -159,7 +167,7 @@ def forward_form(
         few = problem.rows <= _CUDA_FEW_ROWS and measured
         wins = few or _some_rows(problem) or _many_rows(problem, problem.n)
         return _cuda_form(problem, product, wins, named)
-    return _form(library, problem, _FORWARD, named)
+    return _form(library, problem, _FORWARD, named, rank_one_rows=_RANK_ONE_ROWS)
 
 
 def backward_form(
@@ -171,12 +179,21 @@ def backward_form(
         takes = _tma_takes(problem) and problem.rank % 8 == 0
         wins = _some_rows(problem) or _many_rows(problem, problem.k)
         return _cuda_form(problem, product and takes, wins, named)
-    return _form(library, problem, _BACKWARD, named)
+    return _form(library, problem, _BACKWARD, named, rank_one_rows=0)
 
 
-def _form(library: str, problem: Problem, limits: dict[str, _Limits], named: bool) -> str:
+def _form(
+    library: str,
+    problem: Problem,
+    limits: dict[str, _Limits],
+    named: bool,
+    *,
+    rank_one_rows: int,
+) -> str:
     if not problem.has_kernel:
-        return "delta"
+        number_by_number = library == "cpu" and problem.rank == 1 and problem.dtype == "float32"
+        wins = problem.rows <= rank_one_rows or not number_by_number
+        return "delta" if wins or named else "xla"
     limit = limits[_kind(problem.dtype)]
     if library == "metal" or problem.rows <= limit.kernel:
         return "kernel"

@@ -1,7 +1,7 @@
 """The rule that picks a form: what it says of GPUs, which no machine of the tests has.
 
 Of the CPU it is held to by the tests that run its forms, but for what this machine's instruction
-sets decide; of Metal by tests/test_metal.py.
+sets decide and what XLA does better; of Metal by tests/test_metal.py.
 """
 
 import pytest
@@ -10,9 +10,9 @@ from jax_fused_lora import forms
 from jax_fused_lora.forms import Problem
 
 
-def both(problem, **options):
-    forward = forms.forward_form("cuda", problem, **options)
-    return forward, forms.backward_form("cuda", problem, **options)
+def both(problem, library="cuda", **options):
+    forward = forms.forward_form(library, problem, **options)
+    return forward, forms.backward_form(library, problem, **options)
 
 
 def layer(rows, k=4096, n=4096, rank=16, dtype="bfloat16", has_kernel=True, wide_b=False):
@@ -126,6 +126,19 @@ def test_a_named_library_is_never_xla():
                 problem = layer(rows, dtype=dtype)
                 assert forms.forward_form(library, problem, named=True) != "xla"
                 assert forms.backward_form(library, problem, named=True) != "xla"
+
+
+@pytest.mark.parametrize(
+    ("rows", "forward", "backward"),
+    [(1, "delta", "xla"), (4, "delta", "xla"), (5, "xla", "xla"), (2048, "xla", "xla")],
+)
+def test_rank_one_alone_is_left_to_xla_where_it_is_faster(rows, forward, backward):
+    problem = layer(rows, rank=1, dtype="float32", has_kernel=False)
+    assert both(problem, library="cpu") == (forward, backward)
+    assert both(problem, library="cpu", named=True) == ("delta", "delta")
+    assert both(problem, library="metal") == ("delta", "delta")
+    assert both(problem._replace(rank=2), library="cpu") == ("delta", "delta")
+    assert both(problem._replace(dtype="bfloat16"), library="cpu") == ("delta", "delta")
 
 
 @pytest.mark.parametrize(

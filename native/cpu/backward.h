@@ -52,7 +52,7 @@ class Backward {
   }
 
   void Run(ffi::ThreadPool& pool) const {
-    double work = Work(c_.batch.count, (c_.k + c_.n) * c_.r, std::max<int64_t>(c_.m, 1)) * 2;
+    double work = SweepWork(c_.batch.count, c_.k + c_.n, c_.r, c_.m) * 2;
     if (product_) {
       work += Work(blocks_->products(), c_.k * c_.n, std::max<int64_t>(blocks_->rows(), 8));
     }

@@ -27,8 +27,8 @@ constexpr int64_t kFewToShrink = 8;
 // (float32, 4×512, rank 64, Zen 4: 1.18 → 0.76 to 0.86 of XLA's time).
 constexpr int64_t kFewWithPanels = 2;
 
-// Rows of a sweep's block: whole tiles of A's panels, whose x and y leave room in a second cache for
-// what is asked for and written back meanwhile (two threads, rank 16, Zen 4, 36 rows and 16:
+// Rows of a sweep's block: whole tiles of A's panels, whose x and y leave room in a second cache
+// for what is asked for and written back meanwhile (two threads, rank 16, Zen 4, 36 rows and 16:
 // 512×1024 197 → 165 µs, 512×2048 403 → 344, 512×4096 842 → 703; with AVX2's kernels the same).
 constexpr int64_t kForwardRows = 16;
 
@@ -65,7 +65,7 @@ class Forward {
   }
 
   void Run(ffi::ThreadPool& pool) const {
-    double work = Work(c_.batch.count, (c_.k + c_.n) * c_.r, std::max<int64_t>(c_.m, 1));
+    double work = SweepWork(c_.batch.count, c_.k + c_.n, c_.r, c_.m);
     if (product_) {
       work += Work(blocks_->products(), c_.k * c_.n, std::max<int64_t>(blocks_->rows(), 8));
     } else if (c_.batch.count * sweep_ranges_ == 1) {
@@ -134,10 +134,10 @@ class Forward {
     return blocks_->shared() ? c_.x.data : c_.x.At(c_.batch, product);
   }
 
-  // Rows of a sweep's block, near kForwardRows: an even number of blocks, if a second thread is worth
-  // it (float32, 16×2048, rank 16, Zen 4: 68 → 45 µs).
+  // Rows of a sweep's block, near kForwardRows: an even number of blocks, if a second thread is
+  // worth it (float32, 16×2048, rank 16, Zen 4: 68 → 45 µs).
   int64_t RowBlock() const {
-    const bool two = Work(c_.m, c_.k + c_.n, c_.r) >= 2.0 * kWorthAThread;
+    const bool two = SweepWork(1, c_.k + c_.n, c_.r, c_.m) >= 2.0 * kWorthAThread;
     const int64_t pairs = (c_.m + kForwardRows) / (2 * kForwardRows);
     return two ? Blocks(c_.m, 2 * std::max<int64_t>(pairs, 1)) : kForwardRows;
   }

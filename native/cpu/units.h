@@ -18,7 +18,11 @@ namespace jax_fused_lora {
 // Below this many multiplications a second thread costs more than it brings: waking one takes
 // 5 to 10 µs, in which a core multiplies some 500,000 times. Reading W counts for more, since
 // that is memory's time.
-constexpr int64_t kWorthAThread = 400'000;
+constexpr int64_t kWorthAThread = 500'000;
+
+// Ranks that take as long as reading and writing the rows they are multiplied by (512×256→256, one
+// thread, Zen 4: 17 µs with 1, 20 with 2, 28 with 4).
+constexpr int64_t kSweepRanks = 4;
 
 // Below this many, claiming a block costs about as much as doing it.
 constexpr int64_t kWorthABlock = 20'000;
@@ -26,6 +30,11 @@ constexpr int64_t kWorthABlock = 20'000;
 // Multiplications, as a float: a batch of nothing may be longer than integers go.
 inline double Work(int64_t times, int64_t size, int64_t rows) {
   return static_cast<double>(times) * static_cast<double>(size) * static_cast<double>(rows);
+}
+
+// Of `times` sweeps over rows of x and of y, (rows, size) together, and the factors' rows.
+inline double SweepWork(int64_t times, int64_t size, int64_t rank, int64_t rows) {
+  return Work(times, size, std::max<int64_t>(rows, 1)) * static_cast<double>(rank + kSweepRanks);
 }
 
 inline size_t Width(ffi::DataType dtype) { return dtype == ffi::DataType::F32 ? 4 : 2; }
