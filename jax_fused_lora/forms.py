@@ -128,17 +128,17 @@ _RANK_ONE_ROWS = 4
 # time that XLA takes if h and t are rounded to bfloat16. What takes over where these kernels don't,
 # the definition, rounds once and takes 1.08 to 1.31 and 1.02 to 1.37.
 #
-# Rows that one pass over W serves: 1 and 16 rows of 4096→4096 take 0.87 and 0.90 of XLA's time, of
-# 1024→1024 0.77 and 0.72. Where the kernel below does not take the rank, 16 rows of 512→512, rank
+# Rows that one pass over W serves: 1 and 16 rows of 4096→4096 take 0.86 and 0.86 of XLA's time, of
+# 1024→1024 0.66 and 0.72. Where the kernel below does not take the rank, 16 rows of 512→512, rank
 # 12, take 2.4: so not of smaller layers.
 _CUDA_FEW_ROWS, _CUDA_FEW_WORK = 16, 1 << 20
 # Rows that one kernel of the tensor cores serves, up to 64 ranks in whole 16 bytes. 4096→4096: 32
 # rows 0.78 and 0.85, 64 rows 0.69 and 0.74, 128 rows 0.74 and 0.79; 1024→1024: 64 rows 0.96 and
 # 0.81, 128 rows 0.70 and 0.85; 4096→11008: 0.85 and 0.78, 0.85 and 0.86; 4096→1024, rank 64: 0.86,
-# 1.01; 768→768: 128 rows 0.68 and 0.92; 512→512, rank 8: 1 row 1.02 and 1.01 to 1.22, 16 rows 0.96
+# 1.01; 768→768: 128 rows 0.68 and 0.92; 512→512, rank 8: 1 row 1.02 and 1.01 to 1.32, 16 rows 0.96
 # and 1.11, 64 rows 1.04 and 0.92 (the definition 1.12 and 1.44). Smaller ones were not measured.
 # Few rows and the backward pass, here and by the definition: 16 rows of 4096→4096 0.87 and 1.09, of
-# 1024→1024 0.91 to 1.14 and 1.37, one row of these 1.02 and 1.11, 1.08 to 1.19 and 1.08.
+# 1024→1024 0.91 to 1.14 and 1.37, one row of these 0.97 to 1.00 and 1.11, 1.10 to 1.25 and 1.08.
 _CUDA_SOME_ROWS, _CUDA_FEW_RANK, _CUDA_SOME_WORK = 128, 64, 1 << 18
 # More of them, up to 32 ranks and 4096 wide: 160 to 256 rows of 4096→4096 1.00 to 0.91 and 0.98 to
 # 0.91 (rank 32: 1.00 to 0.95, 1.03 to 0.99), of 2048→2048 0.72 to 0.63 and 0.86 to 0.75, of

@@ -36,9 +36,11 @@ Element ElementOf(ffi::DataType dtype) {
 // Whole lines of 128 bytes, so that each part of a workspace begins on one.
 int64_t Lines(int64_t floats) { return (floats + 31) / 32 * 32; }
 
-// Rows up to which decode is faster than few_sm90, where both serve: 4096→4096, bfloat16, rank 16,
-// one row takes 16.4 µs and 18.4, 16 rows 17.6 and 17.3; 1024→1024 16 rows 6.9 and 5.5.
-constexpr int64_t kDecodeRows = 8;
+// Rows up to which decode is faster than few_sm90 where both serve, and numbers of W above which it
+// is: bfloat16, rank 16, one row of 4096→11008 takes 35.2 µs and 38.8, with the backward pass 80.5
+// and 83.2, but of 4096→4096 16.8 and 16.8, 40.9 and 38.3 (rank 64 52 and 46), of 1024→1024 7.0 and
+// 5.5; 16 rows of 4096→4096 17.6 and 17.3.
+constexpr int64_t kDecodeRows = 8, kDecodeWork = 1 << 24;
 
 int64_t H16Workspace(const Sizes& sizes) {
   return (sizes.rows * GemmSm90Width(sizes.rank) + 1) / 2;
@@ -138,7 +140,8 @@ class Launcher {
     GemmShrink shrink = {a.data, shrink_scaling, expand_scaling, h, nullptr, nullptr};
     const bool tensor = element() != Element::kFloat32 && b.element == element();
     const bool shrinks = tensor && a.element == element();
-    if (call_.m > kDecodeRows && shrinks && FewSm90Serves(gemm, shrink)) {
+    const bool decodes = call_.m <= kDecodeRows && all.in * all.out > kDecodeWork;
+    if (!decodes && shrinks && FewSm90Serves(gemm, shrink)) {
       if (!ok()) return;
       return Did("few_sm90", FewSm90(gemm, shrink, stream_));
     }

@@ -130,7 +130,10 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
   const int row_tile = blockIdx.y;
   const int all_tiles = (p.in + kDepth - 1) / kDepth, share = (all_tiles + p.parts - 1) / p.parts;
   const int first = part * share, tiles = max(0, min(share, all_tiles - first));
-  // The last boxes begin earlier and bring rows again: zeros for what lies beyond the rows take
+  // Boxes of x that have rows. What lies where the others would be meets only rows of y that nobody
+  // writes.
+  const int boxes = min(kRows / Few::kBox, (p.rows - row_tile * kRows + Few::kBox - 1) / Few::kBox);
+  // The last one begins earlier and brings rows again: zeros for what lies beyond the rows take
   // longer to copy than rows do (160 rows of 4096: 31.7 → 22.6 µs; 96 rows: 19.2 → 17.5).
   const auto row_of_box = [&](int box) {
     return max(0, min(row_tile * kRows + box * Few::kBox, p.rows - Few::kBox));
@@ -178,14 +181,16 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
       const auto barrier_of = [](auto& barrier) -> uint64_t& {
         return *reinterpret_cast<uint64_t*>(&barrier);
       };
+      const int bytes = Few::kStageBytes - (kRows - boxes * Few::kBox) * kDepth * 2;
       int stage = 0, turn = 0;
       for (int i = 0; i < tiles; ++i) {
         if (turn > 0) storage.read[stage].wait((turn - 1) % 2);
-        storage.filled[stage].arrive_and_expect_tx(Few::kStageBytes);
+        storage.filled[stage].arrive_and_expect_tx(bytes);
         uint64_t& barrier = barrier_of(storage.filled[stage]);
         copy(p.w.with(barrier, 0), from_w(_, _, _, first + i), to_w(_, _, _, stage));
         CUTLASS_PRAGMA_UNROLL
         for (int box = 0; box < kRows / Few::kBox; ++box) {
+          if (box >= boxes) break;
           Tensor from = domain_offset(make_coord(row_of_box(box), (first + i) * kDepth), all_x);
           Element* const to = storage.x + (stage * kRows + box * Few::kBox) * kDepth;
           copy(p.x.with(barrier, 0),
@@ -286,8 +291,8 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
 
   // The first block of a cluster ends with the first half of y and with h, the second with the
   // second half.
-  const int in_tile = thread / 32 * 16;
-  const int64_t first_row = row_of_box(in_tile / Few::kBox) + in_tile % Few::kBox + g;
+  const int in_tile = thread / 32 * 16, box = in_tile / Few::kBox;
+  const int64_t first_row = (box < boxes ? row_of_box(box) : p.rows) + in_tile % Few::kBox + g;
   const bool tells_h = column_tile == 0 && part == 0;
   if (p.parts == 2) {
     cute::cluster_wait();  // the other block has begun
