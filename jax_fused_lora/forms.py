@@ -96,32 +96,32 @@ def best_library(available: Collection[str], problem: Problem) -> str | None:
 class _Limits(NamedTuple):
     kernel: int  # rows up to which the native product wins
     base: int  # rows from which XLA's product with the native low-rank part wins
+    rank_one: int = 1 << 62  # rows up to which the native low-rank part alone wins, of rank 1
 
 
 _ANY = _Limits(1 << 62, 1 << 62)  # number of rows
 
+# XLA multiplies rank 1 in float32 number by number, in one loop with what is around it, and writes
+# y over x where x is not needed again. Zen 4, two threads: forward, 1024 wide, 1 row 0.68, 4 rows
+# 0.64, 64 rows 1.12, 512 rows 0.74, but 2048 wide 1.42; with the backward pass, 1024 wide, 1 row
+# 1.14, 64 rows 1.45, 128 rows 0.90. Ours forward and XLA's backward: 1 row 0.99, 2 rows 1.13, 4
+# rows 1.15, so more than one are XLA's whole. In 16 bits ours is faster: 64 rows 0.78 and 0.85.
+_RANK_ONE_FORWARD, _RANK_ONE_BACKWARD = 1, 0
+
 _FORWARD = {
-    "float32": _Limits(96, 97),
+    "float32": _Limits(96, 97, _RANK_ONE_FORWARD),
     "float16": _ANY,
     "bfloat16": _ANY,
-    "float32 on AVX-512": _ANY,
+    "float32 on AVX-512": _ANY._replace(rank_one=_RANK_ONE_FORWARD),
     "bfloat16 on AMX": _Limits(16, 256),
 }
 _BACKWARD = {
-    "float32": _Limits(64, 65),
+    "float32": _Limits(64, 65, _RANK_ONE_BACKWARD),
     "float16": _ANY,
     "bfloat16": _ANY,
-    "float32 on AVX-512": _ANY,
+    "float32 on AVX-512": _ANY._replace(rank_one=_RANK_ONE_BACKWARD),
     "bfloat16 on AMX": _Limits(16, 96),
 }
-
-
-# Rows up to which the low-rank part alone, of rank 1 in float32, is ours, and with its backward
-# pass none: XLA multiplies it number by number, in one loop with what is around it, and writes y
-# over x where x is not needed again. (Zen 4, two threads, 1024 wide: forward 1 row 0.68, 4 rows
-# 0.64, 64 rows 1.12, 512 rows 0.74, but of 2048 1.42; with the backward pass 1 row 1.14, 64 rows
-# 1.45, 128 rows 0.90.) In 16 bits ours is faster: 64 rows 0.78 and 0.85.
-_RANK_ONE_ROWS = 4
 
 
 # Of an H100, bfloat16, rank 16 unless said; the ratio, forward and with the backward pass, to the
@@ -167,7 +167,7 @@ def forward_form(
         few = problem.rows <= _CUDA_FEW_ROWS and measured
         wins = few or _some_rows(problem) or _many_rows(problem, problem.n)
         return _cuda_form(problem, product, wins, named)
-    return _form(library, problem, _FORWARD, named, rank_one_rows=_RANK_ONE_ROWS)
+    return _form(library, problem, _FORWARD, named)
 
 
 def backward_form(
@@ -179,22 +179,14 @@ def backward_form(
         takes = _tma_takes(problem) and problem.rank % 8 == 0
         wins = _some_rows(problem) or _many_rows(problem, problem.k)
         return _cuda_form(problem, product and takes, wins, named)
-    return _form(library, problem, _BACKWARD, named, rank_one_rows=0)
+    return _form(library, problem, _BACKWARD, named)
 
 
-def _form(
-    library: str,
-    problem: Problem,
-    limits: dict[str, _Limits],
-    named: bool,
-    *,
-    rank_one_rows: int,
-) -> str:
-    if not problem.has_kernel:
-        number_by_number = library == "cpu" and problem.rank == 1 and problem.dtype == "float32"
-        wins = problem.rows <= rank_one_rows or not number_by_number
-        return "delta" if wins or named else "xla"
+def _form(library: str, problem: Problem, limits: dict[str, _Limits], named: bool) -> str:
     limit = limits[_kind(problem.dtype)]
+    if not problem.has_kernel:
+        loses = library == "cpu" and problem.rank == 1 and problem.rows > limit.rank_one
+        return "xla" if loses and not named else "delta"
     if library == "metal" or problem.rows <= limit.kernel:
         return "kernel"
     if problem.rows >= limit.base:

@@ -32,7 +32,8 @@ inline double Work(int64_t times, int64_t size, int64_t rows) {
   return static_cast<double>(times) * static_cast<double>(size) * static_cast<double>(rows);
 }
 
-// Of `times` sweeps over rows of x and of y, (rows, size) together, and the factors' rows.
+// The same of `times` sweeps over rows of x and y, (rows, size) together: what is multiplied, and
+// what is read and written.
 inline double SweepWork(int64_t times, int64_t size, int64_t rank, int64_t rows) {
   return Work(times, size, std::max<int64_t>(rows, 1)) * static_cast<double>(rank + kSweepRanks);
 }
