@@ -349,7 +349,6 @@ HWY_INLINE void Stream(size_t k, Rows<const float> x, Rows<const T> w, size_t co
   while (k > 0) sweep(std::integral_constant<size_t, 1>(), NothingAhead());
 }
 
-#if HWY_TARGET != HWY_SCALAR
 // The sum of the 128-bit blocks of a vector of `kCount` lanes, without a way through memory.
 template <size_t kCount, class V>
 HWY_INLINE auto SumBlocks(V v) {
@@ -360,17 +359,10 @@ HWY_INLINE auto SumBlocks(V v) {
     return SumBlocks<kCount / 2>(hn::Add(hn::LowerHalf(half, v), hn::UpperHalf(half, v)));
   }
 }
-#endif
 
 // The four sums of four vectors' lanes, in one shuffle tree: summing 24 accumulators one by one
 // would take a tile of Nt some 240 instructions beside its 768 multiplications.
 HWY_INLINE void StoreSums(VF a, VF b, VF c, VF e, float scale, bool add, float* out) {
-#if HWY_TARGET == HWY_SCALAR
-  const VF sums[4] = {a, b, c, e};
-  for (size_t i = 0; i < 4; ++i) {
-    out[i] = scale * hn::GetLane(sums[i]) + (add ? out[i] : 0.0f);
-  }
-#else
   const DF d;
   const hn::Repartition<uint64_t, DF> d64;
   const VF ab = hn::Add(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b));
@@ -382,7 +374,6 @@ HWY_INLINE void StoreSums(VF a, VF b, VF c, VF e, float scale, bool add, float* 
   auto sum = SumBlocks<kLanes>(blocks);  // each 128-bit block holds a partial sum of a, b, c and e
   sum = hn::Mul(sum, hn::Set(d4, scale));
   hn::StoreU(add ? hn::Add(sum, hn::LoadU(d4, out)) : sum, d4, out);
-#endif
 }
 
 template <size_t kRows, size_t kCols, class TB>
