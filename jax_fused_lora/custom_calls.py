@@ -83,6 +83,11 @@ def backward(
             scaling=scaling, grads=grads, implementation=implementation,
         )  # fmt: skip
     axes, m, k, n, r = sizes.axes, sizes.m, sizes.k, sizes.n, sizes.r
+    asked = grads
+    if form == "dx":
+        form = "kernel"
+        # The elements of a batch share the workspace, and so keep no t.
+        grads = "x" if "x" in asked and axes == 0 else asked
     g, x, h = (o.reshape(*o.shape[:axes], m, o.shape[-1]) for o in (g, x, h))
     operands = (g, x, lora_a, lora_b, h, *rest)
     if form == "base":
@@ -101,7 +106,7 @@ def backward(
         "cuda": lambda: load("cuda").workspace(m, k, n, r, form, grads),
     }[library]()
     likes = {"x": x, "a": lora_a, "b": lora_b}
-    *results, _ = jax.ffi.ffi_call(
+    *results, workspace = jax.ffi.ffi_call(
         load(library).targets["lora_backward"],
         (
             *(
@@ -114,6 +119,13 @@ def backward(
     )(*operands, scaling=np.float32(scaling), form=form, grads=grads, slices=np.int64(slices))
     if "x" in grads:
         results[0] = results[0].reshape(*sizes.batch, *sizes.rows, k)
+    left = [letter for letter in asked if letter not in grads]
+    if "a" in left:
+        t = workspace[: m * r].reshape(m, r)  # with which it begins
+        results.append(reference.gradient_of_a(x, t, lora_a.dtype, split=True))
+    if "b" in left:
+        db = reference.gradient_of_b(g, h, lora_b.dtype, scaling=scaling, split=True)
+        results.append(db)
     return tuple(results)
 
 

@@ -7,6 +7,7 @@ The forms of a call that has a kernel W:
 
 * "kernel": the native code computes x·W itself and adds the low-rank part as its last step;
 * "base": XLA computes x·W in float32 and the call adds the low-rank part, in place where it can;
+* "dx": of the backward pass on CUDA, "kernel" for dx; dA and dB are XLA's, from the t of the call;
 * "xla": no native code, the definition as XLA compiles it.
 
 A call without W, "delta", is always native, but for CUDA. On Metal "kernel" is the only form with
@@ -144,6 +145,19 @@ _CUDA_SOME_ROWS, _CUDA_FEW_RANK, _CUDA_SOME_WORK = 128, 64, 1 << 18
 # 0.91 (rank 32: 1.00 to 0.95, 1.03 to 0.99), of 2048→2048 0.72 to 0.63 and 0.86 to 0.75, of
 # 1024→1024 0.72 to 0.59 and 0.85 to 0.78. But 11008→4096: 1.07 to 0.98 and 1.04.
 _CUDA_MORE_ROWS, _CUDA_MORE_RANK, _CUDA_MORE_WIDTH = 256, 32, 4096
+# Rows from which the product below has them too, of more ranks, in layers from 2048 wide on, by
+# name, and the definition: 192 rows of 4096→4096, rank 128, 0.92 and 1.11 (1.08 and 1.23), 256 rows
+# of rank 64 0.83 and 1.00 (1.15 and 1.16), of rank 256 0.58 and 0.86 (1.10 and 1.44), of
+# 2048→2048, rank 64, 1.10 and 1.28 (1.36 and 1.32), 128 rows of 4096→11008, rank 128, 0.93 and 1.08
+# (1.07 and 1.17). Narrower: 256 rows of 1024→1024, rank 64, 1.28 and 1.50 (1.06 and 1.34).
+_CUDA_HIGH_RANK_ROWS, _CUDA_HIGH_RANK_WIDTH = 128, 2048
+# Multiplications of a gradient of A and one of B from which XLA's products are faster than our
+# kernel, which multiplies t's halves by mma.sync: forward and backward, ours and XLA's, 4096→4096:
+# rank 16, 512 rows 0.84 and 0.92, 2048 rows 0.86 and 0.85; rank 32, 512 rows 0.95 and 0.92; rank
+# 64, 64 rows 0.77 and 0.81, 512 rows 0.98 and 0.86; rank 128, 512 rows 1.38 and 1.07, 2048 rows
+# 1.14 and 1.03, 8192 rows 1.07 and 0.97; rank 256, 1.22 and 0.99, 1.25 and 1.06, 1.27 and 1.07.
+# 1024→1024, rank 16: 1024 rows 0.97 and 1.17.
+_CUDA_GRADIENT_WORK = 1 << 27
 # Rows from which the product with the rank inside it may be ahead, and with wider layers;
 # `_many_rows` says where it is. 384 rows of 4096→11008 take 1.26 and 1.28, 400 rows and more of it
 # and of 11008→4096 1.06 to 0.94.
@@ -165,7 +179,7 @@ def forward_form(
         product = product and _tma_takes(problem)
         measured = problem.rank <= _CUDA_FEW_RANK and problem.k * problem.n >= _CUDA_FEW_WORK
         few = problem.rows <= _CUDA_FEW_ROWS and measured
-        wins = few or _some_rows(problem) or _many_rows(problem, problem.n)
+        wins = few or _some_rows(problem) or _high_rank(problem) or _many_rows(problem, problem.n)
         return _cuda_form(problem, product, wins, named)
     return _form(library, problem, _FORWARD, named)
 
@@ -177,8 +191,9 @@ def backward_form(
     if library == "cuda":
         # dx = g·Wᵀ + t·Aᵀ reads A as its rows lie, one rank after the other.
         takes = _tma_takes(problem) and problem.rank % 8 == 0
-        wins = _some_rows(problem) or _many_rows(problem, problem.k)
-        return _cuda_form(problem, product and takes, wins, named)
+        wins = _some_rows(problem) or _high_rank(problem) or _many_rows(problem, problem.k)
+        form = _cuda_form(problem, product and takes, wins, named)
+        return "dx" if form == "kernel" and _leaves_gradients(problem) else form
     return _form(library, problem, _BACKWARD, named)
 
 
@@ -212,6 +227,21 @@ def _some_rows(problem: Problem) -> bool:
     narrow = max(problem.k, problem.n) <= _CUDA_MORE_WIDTH
     more = rows <= _CUDA_MORE_ROWS and rank <= _CUDA_MORE_RANK and narrow
     return (some or more) and rank % 8 == 0 and work >= _CUDA_SOME_WORK
+
+
+def _high_rank(problem: Problem) -> bool:
+    """Whether the product with the rank inside it is faster though its tiles are few."""
+    rows, rank = problem.rows, problem.rank
+    high = rank > _CUDA_MORE_RANK and rank % 8 == 0
+    wide = min(problem.k, problem.n) >= _CUDA_HIGH_RANK_WIDTH
+    return high and wide and _CUDA_HIGH_RANK_ROWS <= rows <= _CUDA_MORE_ROWS
+
+
+def _leaves_gradients(problem: Problem) -> bool:
+    """Whether dA and dB are better XLA's, which splits t and h for bfloat16 alone."""
+    work = problem.rows * problem.rank * (problem.k + problem.n)
+    split = problem.dtype == "bfloat16" and not problem.wide_b
+    return split and work >= _CUDA_GRADIENT_WORK
 
 
 def _many_rows(problem: Problem, columns: int) -> bool:

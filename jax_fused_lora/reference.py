@@ -7,6 +7,7 @@ Whatever the storage type, sums are taken in float32 (float64 for float64) and r
 the way out.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -51,24 +52,60 @@ def contract_narrow(a: jax.Array, b: jax.Array, axes_a: Axes, axes_b: Axes) -> j
     return contract(a, b, axes_a, axes_b, precision)
 
 
-def _halves(wide: jax.Array) -> jax.Array:
-    """Float32 `(..., rank)` as bfloat16 `(..., 2 * rank)`: the numbers rounded, and what is left.
+def _halves(wide: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Float32 numbers as the sum of two bfloat16 ones: rounded, and what is left.
 
     Not by converting there and back, which XLA takes for nothing (`xla_allow_excess_precision`).
     """
     high = lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=7)
     low = jnp.where(jnp.isfinite(high), wide - high, 0)
-    return jnp.concatenate([high, low], -1).astype(jnp.bfloat16)
+    return high.astype(jnp.bfloat16), low.astype(jnp.bfloat16)
 
 
-def _twice(narrow: jax.Array, axis: int) -> jax.Array:
-    """What `_halves` are multiplied by, for the sum of both."""
-    return jnp.concatenate([narrow, narrow], axis)
+def _contract_split(wide: jax.Array, narrow: jax.Array, axis: int) -> jax.Array:
+    """`contract(wide, narrow, -1, axis)` of float32 (..., rank) and a bfloat16 factor, by halves.
+
+    The halves lie side by side, and the factor twice; or, of few rows, behind each other, which
+    leaves the factor as it is (H100, 16 rows of 4096→4096, forward, to rounding h once: rank 256
+    1.12 → 0.98, rank 128 1.09 → 1.04).
+    """
+    if _few_rows(wide):
+        return contract(jnp.stack(_halves(wide)), narrow, -1, axis).sum(0)
+    twice = jnp.concatenate([narrow, narrow], axis)
+    return contract(jnp.concatenate(_halves(wide), -1), twice, -1, axis)
 
 
-def _sum_of_halves(product: jax.Array, axis: int) -> jax.Array:
-    high, low = jnp.split(product, 2, axis)
+def _sum_rows_split(left: jax.Array, right: jax.Array) -> jax.Array:
+    """`left`ᵀ·`right`, summed over rows, one of them float32 (..., rank), by halves as above.
+
+    Behind each other they need no sum of results (16 rows of 4096→4096, forward and backward: rank
+    256 1.39 → 1.06, rank 128 1.30 → 1.13). One row is better multiplied number by number.
+    """
+    rows = tuple(range(left.ndim - 1))
+    axis, wide = (0, left) if left.dtype == jnp.float32 else (1, right)
+    if _few_rows(wide) and _rows(wide) > 1:
+        left, right = (
+            jnp.stack(_halves(operand) if operand.dtype == jnp.float32 else (operand, operand))
+            for operand in (left, right)
+        )
+        rows = (*rows, len(rows))
+        return contract(left, right, rows, rows)
+    left, right = (
+        jnp.concatenate(_halves(operand), -1) if operand.dtype == jnp.float32 else operand
+        for operand in (left, right)
+    )
+    high, low = jnp.split(contract(left, right, rows, rows), 2, axis)
     return high + low
+
+
+def _rows(operand: jax.Array) -> int:
+    return math.prod(operand.shape[:-1])
+
+
+def _few_rows(wide: jax.Array) -> bool:
+    """Whether (..., rank) has no more rows than ranks; sizes may be symbols, which are not few."""
+    rows, rank = _rows(wide), wide.shape[-1]
+    return isinstance(rows, int) and isinstance(rank, int) and 0 < rows <= rank
 
 
 def _axes(axes: Axes, ndim: int) -> tuple[int, ...]:
@@ -103,7 +140,7 @@ def forward(
     """
     h = contract_narrow(x, lora_a, -1, 0)
     if split and lora_b.dtype == jnp.bfloat16:
-        y = contract(_halves(scaling * h), _twice(lora_b, 0), -1, 0)
+        y = _contract_split(scaling * h, lora_b, 0)
     else:
         y = scaling * contract_narrow(h, lora_b.astype(h.dtype), -1, 0)
     if kernel is not None:
@@ -145,7 +182,6 @@ def backward(
         The gradients, each in the dtype of its operand.
     """
     wide = h.dtype
-    rows = tuple(range(x.ndim - 1))
     split = split and lora_b.dtype == jnp.bfloat16
     if split:
         t = scaling * contract(g, lora_b, -1, 1)
@@ -154,25 +190,39 @@ def backward(
     results = []
     if "x" in grads:
         if split:
-            dx = contract(_halves(t), _twice(lora_a, 1), -1, 1)
+            dx = _contract_split(t, lora_a, 1)
         else:
             dx = contract_narrow(t, lora_a.astype(wide), -1, 1)
         if kernel is not None:
             dx += contract(g, kernel, -1, 1)
         results.append(dx.astype(x.dtype))
     if "a" in grads:
-        if split:
-            da = _sum_of_halves(contract(x, _halves(t), rows, rows), 1)
-        else:
-            da = contract_narrow(x.astype(wide), t, rows, rows)
-        results.append(da.astype(lora_a.dtype))
+        results.append(gradient_of_a(x, t, lora_a.dtype, split=split))
     if "b" in grads:
-        if split:
-            db = _sum_of_halves(contract(_halves(h), g, rows, rows), 0)
-        else:
-            db = contract_narrow(h, g.astype(wide), rows, rows)
-        results.append((scaling * db).astype(lora_b.dtype))
+        results.append(gradient_of_b(g, h, lora_b.dtype, scaling=scaling, split=split))
     return tuple(results)
+
+
+def gradient_of_a(
+    x: jax.Array, t: jax.Array, dtype: jax.typing.DTypeLike, *, split: bool
+) -> jax.Array:
+    """`dA = xᵀ·t`, (in_features, rank), as `backward` has it, in the given dtype."""
+    if split:
+        return _sum_rows_split(x, t).astype(dtype)
+    rows = tuple(range(x.ndim - 1))
+    return contract_narrow(x.astype(t.dtype), t, rows, rows).astype(dtype)
+
+
+def gradient_of_b(
+    g: jax.Array, h: jax.Array, dtype: jax.typing.DTypeLike, *, scaling: float, split: bool
+) -> jax.Array:
+    """`dB = s·hᵀ·g`, (rank, out_features), as `backward` has it, in the given dtype."""
+    if split:
+        db = _sum_rows_split(h, g)
+    else:
+        rows = tuple(range(g.ndim - 1))
+        db = contract_narrow(h, g.astype(h.dtype), rows, rows)
+    return (scaling * db).astype(dtype)
 
 
 def tangent(

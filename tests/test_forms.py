@@ -33,9 +33,9 @@ def layer(rows, k=4096, n=4096, rank=16, dtype="bfloat16", has_kernel=True, wide
         (384, "kernel", "kernel"),
         (512, "kernel", "kernel"),
         (640, "xla", "xla"),  # a second round of tiles for 28 of 160
-        (1024, "kernel", "kernel"),
-        (1280, "kernel", "kernel"),
-        (8192, "kernel", "kernel"),
+        (1023, "kernel", "kernel"),
+        (1024, "kernel", "dx"),
+        (8192, "kernel", "dx"),
     ],
 )
 def test_cuda_takes_by_default_what_it_is_faster_at(rows, forward, backward):
@@ -68,15 +68,38 @@ def test_tiles_fill_most_of_their_rounds_or_are_one(problem, forward, backward):
         layer(1, rank=128),
         layer(64, n=56),
         layer(64, rank=72),
-        layer(192, rank=40),
+        layer(192, k=1024, rank=40),
         layer(192, k=11008),
-        layer(2048, n=56),
+        layer(1024, n=56),
     ],
     ids=["small", "rank", "some, small", "some, rank", "more, rank", "more, wide", "many, small"],
 )
 def test_few_rows_that_were_not_measured_are_left_to_xla(problem):
     assert both(problem, product=True) == ("xla", "xla")
     assert both(problem, product=True, named=True) == ("kernel", "kernel")
+
+
+@pytest.mark.parametrize(
+    ("problem", "forward", "backward"),
+    [
+        (layer(127, rank=128), "xla", "xla"),
+        (layer(128, rank=120), "kernel", "kernel"),
+        (layer(128, rank=128), "kernel", "dx"),
+        (layer(256, rank=40), "kernel", "kernel"),
+        (layer(256, k=2048, n=2048, rank=256), "kernel", "dx"),
+        (layer(256, k=11008, rank=256), "kernel", "dx"),
+        (layer(256, n=1024, rank=256), "xla", "xla"),
+        (layer(256, rank=132), "xla", "xla"),
+    ],
+)
+def test_high_ranks(problem, forward, backward):
+    assert both(problem, product=True) == (forward, backward)
+
+
+def test_large_gradients_of_factors_are_left_to_xla_where_it_splits_t():
+    assert both(layer(8192, dtype="float16"), product=True) == ("kernel", "kernel")
+    assert both(layer(8192), product=True, named=True) == ("kernel", "dx")
+    assert both(layer(8192, has_kernel=False), product=True, named=True) == ("delta", "delta")
 
 
 def test_adapters_that_share_a_kernel_are_added_to_one_product():

@@ -193,7 +193,9 @@ def test_traced_scaling(implementation, rows, kernel, dtype):
 
 
 @pytest.mark.parametrize("kernel", [True, False], ids=["linear", "forward"])
-@pytest.mark.parametrize(("rows", "rank"), [((5,), 8), ((2, 7), 33), ((63,), 64), ((0,), 3)])
+@pytest.mark.parametrize(
+    ("rows", "rank"), [((5,), 8), ((2, 7), 33), ((63,), 64), ((65,), 64), ((1,), 5), ((0,), 3)]
+)
 def test_the_definition_of_gpus_splits_h_and_t(rows, rank, kernel):
     """As right as the definition: a second rounding of h or t would break the bound."""
     operands = oracle.operands(rows, 300, 130, rank, "bfloat16", kernel=kernel, bias=kernel)
@@ -207,10 +209,23 @@ def test_the_definition_of_gpus_splits_h_and_t(rows, rank, kernel):
         oracle.check(name, result, expected[name], "bfloat16")
 
 
-def test_a_split_h_may_be_infinite():
-    ones = jnp.ones((8, 8), jnp.bfloat16)
-    y, _ = reference.forward(ones * 3e38, ones, ones, scaling=1.0, split=True)
+@pytest.mark.parametrize("rows", [8, 9])
+def test_a_split_h_may_be_infinite(rows):
+    x, ones = jnp.ones((rows, 8), jnp.bfloat16), jnp.ones((8, 8), jnp.bfloat16)
+    y, _ = reference.forward(x * 3e38, ones, ones, scaling=1.0, split=True)
     assert (y == jnp.inf).all()
+
+
+@pytest.mark.parametrize("rows", [(3,), (2, 20), (300,)], ids=str)
+def test_gradients_of_factors_from_the_t_of_a_call(implementation, rows, monkeypatch):
+    """On CUDA those of many rows are XLA's; here those of few are, too."""
+    monkeypatch.setattr(forms, "_CUDA_GRADIENT_WORK", 0)
+    operands = oracle.operands(rows, 64, 136, 24, "bfloat16")
+    check_everything(operands, 0.75, implementation, "bfloat16")
+    adapters = {name: operands.pop(name) for name in ("lora_a", "lora_b")}
+    run = jax.grad(lambda a: (apply({**operands, **a}, 0.75, implementation) ** 2).sum())
+    asked_without_x = jax.jit(run)(adapters)
+    assert all(bool(jnp.isfinite(g).all()) for g in asked_without_x.values())
 
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm"])

@@ -53,7 +53,8 @@ int64_t LayerWorkspace(const Sizes& sizes, std::string_view form) {
   return Lines(H16Workspace(sizes)) + Lines(GemmSm90ShrinkScratch(sizes.rows));
 }
 
-// What the two calls take, in all: one element, however many there are.
+// What the two calls take, in all: one element, however many there are. That of a backward pass
+// begins with t where dx or dA is asked for; the caller may go on with it.
 int64_t Workspace(int64_t m, int64_t k, int64_t n, int64_t r, std::string_view form,
                   std::string_view grads) {
   const Sizes straight = {m, k, n, r}, transposed = {m, n, k, r};
