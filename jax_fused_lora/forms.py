@@ -158,6 +158,12 @@ _CUDA_HIGH_RANK_ROWS, _CUDA_HIGH_RANK_WIDTH = 128, 2048
 # 1.14 and 1.03, 8192 rows 1.07 and 0.97; rank 256, 1.22 and 0.99, 1.25 and 1.06, 1.27 and 1.07.
 # 1024→1024, rank 16: 1024 rows 0.97 and 1.17.
 _CUDA_GRADIENT_WORK = 1 << 27
+# But up to so many ranks and columns of g, under a product of dx so wide that it lasts as long, dB
+# is summed in the sweep for t and costs little. XLA's and swept, one after the other: 8192 rows of
+# 4096→4096 0.87 and 0.86, 0.83 and 0.84, 2048 rows 0.87 and 0.86, 0.84 and 0.85, 1024 rows 0.91 and
+# 0.92, 0.89 and 0.85, 2048 rows of 11008→4096 0.95 and 0.94; where no multiprocessors are left for
+# the sweep, 4096 rows of 3072→3072, 0.86 and 0.87.
+_CUDA_SWEPT_RANK, _CUDA_SWEPT_COLUMNS, _CUDA_SWEPT_WIDTH = 16, 4096, 3072
 # Rows from which the product with the rank inside it may be ahead, and with wider layers;
 # `_many_rows` says where it is. 384 rows of 4096→11008 take 1.26 and 1.28, 400 rows and more of it
 # and of 11008→4096 1.06 to 0.94.
@@ -241,7 +247,9 @@ def _leaves_gradients(problem: Problem) -> bool:
     """Whether dA and dB are better XLA's, which splits t and h for bfloat16 alone."""
     work = problem.rows * problem.rank * (problem.k + problem.n)
     split = problem.dtype == "bfloat16" and not problem.wide_b
-    return split and work >= _CUDA_GRADIENT_WORK
+    narrow = problem.rank <= _CUDA_SWEPT_RANK and problem.n <= _CUDA_SWEPT_COLUMNS
+    swept = narrow and problem.k >= _CUDA_SWEPT_WIDTH
+    return split and not swept and work >= _CUDA_GRADIENT_WORK
 
 
 def _many_rows(problem: Problem, columns: int) -> bool:

@@ -34,6 +34,7 @@ for part in 2 1; do
   jobs[part]=$!
 done
 compile shrink_beside shrink_beside.cu
+compile sweep_beside sweep_beside.cu
 compile few_sm90 few_sm90.cu
 for job in "${jobs[@]}"; do wait "$job"; done
 echo 'cuda: compiles'

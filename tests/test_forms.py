@@ -34,8 +34,8 @@ def layer(rows, k=4096, n=4096, rank=16, dtype="bfloat16", has_kernel=True, wide
         (512, "kernel", "kernel"),
         (640, "xla", "xla"),  # a second round of tiles for 28 of 160
         (1023, "kernel", "kernel"),
-        (1024, "kernel", "dx"),
-        (8192, "kernel", "dx"),
+        (1024, "kernel", "kernel"),
+        (8192, "kernel", "kernel"),
     ],
 )
 def test_cuda_takes_by_default_what_it_is_faster_at(rows, forward, backward):
@@ -96,9 +96,22 @@ def test_high_ranks(problem, forward, backward):
     assert both(problem, product=True) == (forward, backward)
 
 
-def test_large_gradients_of_factors_are_left_to_xla_where_it_splits_t():
-    assert both(layer(8192, dtype="float16"), product=True) == ("kernel", "kernel")
-    assert both(layer(8192), product=True, named=True) == ("kernel", "dx")
+@pytest.mark.parametrize(
+    ("problem", "backward"),
+    [
+        (layer(8192, rank=16), "kernel"),
+        (layer(8192, rank=24), "dx"),
+        (layer(8192, n=8192), "dx"),
+        (layer(8192, k=2048, n=2048), "dx"),
+        (layer(8192, rank=24, dtype="float16"), "kernel"),
+    ],
+    ids=["swept", "more ranks", "g is wide", "dx is narrow", "float16"],
+)
+def test_large_gradients_of_factors_are_left_to_xla_but_for_a_swept_one(problem, backward):
+    assert both(problem, product=True) == ("kernel", backward)
+
+
+def test_gradients_without_a_kernel_are_one_call():
     assert both(layer(8192, has_kernel=False), product=True, named=True) == ("delta", "delta")
 
 

@@ -231,6 +231,13 @@ def test_gradients_of_factors_from_the_t_of_a_call(implementation, rows, monkeyp
         oracle.check(f"gradient of {name} alone", grad, expected[name], "bfloat16")
 
 
+@pytest.mark.parametrize("rank", [8, 16])
+def test_gradient_of_b_in_the_sweep_for_t(implementation, rank):
+    """On CUDA, beside a product of dx that lasts as long; this is the smallest."""
+    operands = oracle.operands((2, 150), 64, 2832, rank, "bfloat16")
+    check_everything(operands, 0.75, implementation, "bfloat16")
+
+
 @pytest.mark.parametrize("platform", ["cuda", "rocm"])
 def test_gpus_multiply_bfloat16_by_bfloat16(platform):
     operands = oracle.operands((16,), 24, 40, 8, "bfloat16", bias=False)

@@ -11,6 +11,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -60,7 +61,10 @@ int64_t Workspace(int64_t m, int64_t k, int64_t n, int64_t r, std::string_view f
   const Sizes straight = {m, k, n, r}, transposed = {m, n, k, r};
   const auto asked = [&](char letter) { return grads.find(letter) != grads.npos; };
   if (grads.empty()) return LayerWorkspace(straight, form);
-  const int64_t of_grads = GradWorkspace(m, r, {asked('a') ? k : 0, asked('b') ? n : 0});
+  // dB may be computed with dx, and then dA alone is cut into more slices.
+  const int64_t of_a = asked('a') ? k : 0;
+  const int64_t of_grads =
+      std::max(GradWorkspace(m, r, {of_a, asked('b') ? n : 0}), GradWorkspace(m, r, {of_a, 0}));
   return (asked('x') || asked('a') ? Lines(m * r) : 0) +
          (asked('x') ? LayerWorkspace(transposed, form) : 0) + Lines(of_grads);
 }
@@ -115,9 +119,10 @@ class Launcher {
                                h, nullptr, 1.0f));
   }
 
-  // h, and y = [x·W | base |] + bias + expand_scaling · h·B. Transposed: t and dx.
+  // h, and y = [x·W | base |] + bias + expand_scaling · h·B. Transposed: t and dx. A gradient that
+  // is computed on the way is taken out of `grad`.
   void Layer(bool transposed, const void* x, float shrink_scaling, float expand_scaling,
-             const float* base, const void* bias, float* h, void* y) {
+             const float* base, const void* bias, float* h, void* y, GemmGrad* grad) {
     const Sizes all = sizes(transposed);
     const Factor a = first(transposed), b = second(transposed);
     if (call_.form != Form::kKernel) {
@@ -161,6 +166,11 @@ class Launcher {
            " or operands that the Hopper product does not take");
     }
     if (!ok()) return;
+    if (shrinks && grad != nullptr && GemmSm90Sweeps(gemm, shrink, *grad)) {
+      Did("gemm_sm90", GemmSm90(gemm, shrink, *grad, stream_));
+      grad->gradient = nullptr;
+      return;
+    }
     if (shrinks && GemmSm90Shrinks(gemm, shrink)) {
       return Did("gemm_sm90", GemmSm90(gemm, shrink, stream_));
     }
@@ -196,19 +206,20 @@ class Launcher {
 // One element of a batch.
 ffi::Error Forward(const ForwardCall& c, cudaStream_t stream) {
   Launcher launcher("lora_forward", c, stream);
-  launcher.Layer(false, c.x, 1.0f, c.scaling, c.base, c.bias, c.h, c.y);
+  launcher.Layer(false, c.x, 1.0f, c.scaling, c.base, c.bias, c.h, c.y, nullptr);
   return launcher.error();
 }
 
 ffi::Error Backward(const BackwardCall& c, cudaStream_t stream) {
   Launcher launcher("lora_backward", c, stream);
   float* const t = c.dx || c.da ? launcher.Take(c.m * c.r) : nullptr;
+  GemmGrad of_b = {c.h, c.scaling, c.db};
   if (c.dx) {
-    launcher.Layer(true, c.g, c.scaling, 1.0f, c.base, nullptr, t, c.dx);
+    launcher.Layer(true, c.g, c.scaling, 1.0f, c.base, nullptr, t, c.dx, &of_b);
   } else if (c.da) {
     launcher.Shrink(true, c.g, c.scaling, t);
   }
-  launcher.Grads(c.x, t, c.da, c.g, c.h, c.scaling, c.db);
+  launcher.Grads(c.x, t, c.da, c.g, c.h, c.scaling, of_b.gradient);
   return launcher.error();
 }
 

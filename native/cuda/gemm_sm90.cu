@@ -33,6 +33,8 @@
 // began 1000 cycles late, flags set or not.) Nobody waits for ever: a product starts when all
 // blocks of the kernel before run already, and those wait for nobody.
 //
+// In a backward pass that kernel may have the gradient of B, too (sweep_beside.cu).
+//
 // Tried before: every block multiplies a share of k by A beside W, and a warp adds the shares of
 // all blocks that have the same rows. The blocks then go through k in different orders, wait for
 // each other at every tile, and the small wgmma reads x from shared memory again: 512 rows took
@@ -47,6 +49,7 @@
 
 #include "native/cuda/gemm_sm90.h"
 #include "native/cuda/shrink_beside.h"
+#include "native/cuda/sweep_beside.h"
 
 namespace jax_fused_lora {
 
@@ -574,6 +577,10 @@ constexpr bool kClusterAlongN[kTiles] = {false, true, false};
 // 16.5, 18.4 and 21.6 µs at rank 16, 32 and 64.
 constexpr int64_t kMostBesideBlocks = 16, kBesideBytes = 50;
 
+// Of the sweep beside: its start, and a block's step of 128×128, in the same cycles. (Shared memory
+// bounds a step: 1000 cycles, while the product's tile takes 1.35 times what its tensor cores do.)
+constexpr int64_t kSweepStart = 9300, kSweepStep = 740;
+
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // As TMA wants it.
@@ -604,6 +611,25 @@ Rounds RoundsOf(const Gemm& gemm, const GemmPlan& plan, int multiprocessors) {
   return {rounds, CeilDiv(clusters, rounds) * kClusterSize};
 }
 
+// Whether a kernel beside a product is ahead of it: one that takes so many tiles of rows at a time,
+// `start` cycles and then `of_tile` for each.
+bool Ahead(const Gemm& gemm, const GemmPlan& plan, const Rounds& product, int64_t side_by_side,
+           int64_t start, int64_t of_tile) {
+  const int64_t tiles = CeilDiv(gemm.m, kBesideRows);
+  // Cycles of the tensor cores for a tile of y.
+  const int64_t of_product =
+      CeilDiv(gemm.k, kTileK) * kTileRows[plan.tile] * kTileColumns[plan.tile] / 32;
+  // The rows that the first round wants.
+  const int64_t columns = CeilDiv(gemm.n, kTileColumns[plan.tile]);
+  const int64_t rows =
+      plan.along_n
+          ? std::max<int64_t>(CeilDiv(product.blocks, columns), plan.swizzle) * kTileRows[plan.tile]
+          : gemm.m;
+  const int64_t first = std::min(tiles, CeilDiv(rows, kBesideRows));
+  return start + CeilDiv(first, side_by_side) * of_tile <= of_product &&
+         start + CeilDiv(tiles, side_by_side) * of_tile <= product.rounds * of_product;
+}
+
 // Blocks of the shrink beside a product: an even number of the multiprocessors that it leaves free,
 // or 0 where these are too few to be ahead of it.
 int BesideBlocks(const Gemm& gemm, const GemmPlan& plan, int multiprocessors) {
@@ -612,20 +638,15 @@ int BesideBlocks(const Gemm& gemm, const GemmPlan& plan, int multiprocessors) {
   const int64_t blocks =
       std::min({multiprocessors - product.blocks, (tiles + 1) / 2 * 2, kMostBesideBlocks}) / 2 * 2;
   if (blocks == 0) return 0;
-  // Cycles of one tile of each: the tensor cores' of y, and those that it takes to read x and A.
-  const int64_t of_product =
-      CeilDiv(gemm.k, kTileK) * kTileRows[plan.tile] * kTileColumns[plan.tile] / 32;
-  const int64_t of_shrink = gemm.k * 2 * (kBesideRows + CeilDiv(gemm.r, 16) * 16) / kBesideBytes;
-  // The rows that the first round wants.
-  const int64_t columns = CeilDiv(gemm.n, kTileColumns[plan.tile]);
-  const int64_t rows =
-      plan.along_n
-          ? std::max<int64_t>(CeilDiv(product.blocks, columns), plan.swizzle) * kTileRows[plan.tile]
-          : gemm.m;
-  const int64_t first = std::min(tiles, CeilDiv(rows, kBesideRows));
-  const bool ahead = CeilDiv(first, blocks) * of_shrink <= of_product &&
-                     CeilDiv(tiles, blocks) * of_shrink <= product.rounds * of_product;
-  return ahead ? static_cast<int>(blocks) : 0;
+  const int64_t of_tile = gemm.k * 2 * (kBesideRows + CeilDiv(gemm.r, 16) * 16) / kBesideBytes;
+  return Ahead(gemm, plan, product, blocks, 0, of_tile) ? static_cast<int>(blocks) : 0;
+}
+
+// The same of the sweep that has the gradient, too.
+bool SweepsBeside(const Gemm& gemm, const GemmPlan& plan, int multiprocessors) {
+  const Rounds product = RoundsOf(gemm, plan, multiprocessors);
+  if (multiprocessors - product.blocks < kSweepBlocks) return false;
+  return Ahead(gemm, plan, product, 1, kSweepStart, SweepSteps(gemm.k) * kSweepStep);
 }
 
 }  // namespace
@@ -695,6 +716,15 @@ bool GemmSm90Shrinks(const Gemm& gemm, const GemmShrink& shrink) {
          GemmSm90Shrinks(gemm, shrink, PlanBeside(gemm, multiprocessors), multiprocessors);
 }
 
+bool GemmSm90Sweeps(const Gemm& gemm, const GemmShrink& shrink, const GemmGrad& grad) {
+  int device, multiprocessors;
+  return grad.gradient != nullptr && gemm.bf16 && gemm.transposed && gemm.r > 0 &&
+         gemm.r <= kSweepMostRanks && gemm.k <= kSweepMostColumns && GemmSm90Serves(gemm) &&
+         Aligned(shrink.a) && Aligned(shrink.h) && Aligned(grad.h) &&
+         ThisDevice(&device, &multiprocessors) == cudaSuccess &&
+         SweepsBeside(gemm, PlanBeside(gemm, multiprocessors), multiprocessors);
+}
+
 namespace {
 
 cudaError_t Start(const Gemm& gemm, const GemmPlan& plan, const unsigned* done, int device,
@@ -740,6 +770,19 @@ cudaError_t GemmSm90(const Gemm& gemm, const GemmShrink& shrink, cudaStream_t st
   const cudaError_t error = ThisDevice(&device, &multiprocessors);
   if (error != cudaSuccess) return error;
   return GemmSm90(gemm, shrink, PlanBeside(gemm, multiprocessors), stream);
+}
+
+cudaError_t GemmSm90(const Gemm& gemm, const GemmShrink& shrink, const GemmGrad& grad,
+                     cudaStream_t stream) {
+  if (!GemmSm90Sweeps(gemm, shrink, grad)) return cudaErrorInvalidValue;
+  int device, multiprocessors;
+  cudaError_t error = ThisDevice(&device, &multiprocessors);
+  if (error != cudaSuccess) return error;
+  auto* const done = reinterpret_cast<unsigned*>(shrink.scratch);
+  error = LaunchSweepBeside(gemm, shrink, grad, done, stream);
+  if (error != cudaSuccess) return error;
+  return Start(gemm, PlanBeside(gemm, multiprocessors), done, device, multiprocessors, stream,
+               /*programmatic_dependent=*/true);
 }
 
 }  // namespace jax_fused_lora

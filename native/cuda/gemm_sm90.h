@@ -54,6 +54,13 @@ struct GemmShrink {
 
 int64_t GemmSm90ShrinkScratch(int64_t m);
 
+// gradient (r, k) = scaling · hᵀ·x, of B where x is g, in the same sweep as the shrink.
+struct GemmGrad {
+  const float* h;  // (m, r)
+  float scaling;
+  void* gradient;  // of x's type; null for none
+};
+
 // Which kernel, and in which order its blocks take the tiles of y.
 struct GemmPlan {
   int tile;      // 0: 128×256, 1: 256×128, 2: 128×128, ping-pong
@@ -77,6 +84,10 @@ bool GemmSm90Shrinks(const Gemm& gemm, const GemmShrink& shrink, const GemmPlan&
                      int multiprocessors);
 bool GemmSm90Shrinks(const Gemm& gemm, const GemmShrink& shrink);
 
+// Whether the gradient is, too: of a transposed product, in bfloat16, of at most 16 ranks and 4096
+// columns.
+bool GemmSm90Sweeps(const Gemm& gemm, const GemmShrink& shrink, const GemmGrad& grad);
+
 // Launches on the current device; needs no workspace, allocates nothing and waits for nothing.
 // `programmatic_dependent` says that the kernel launched just before writes h16 and may still run
 // when this one starts; that kernel must not be launched so itself (see gemm_sm90.cu).
@@ -87,6 +98,10 @@ cudaError_t GemmSm90(const Gemm& gemm, const GemmPlan& plan, cudaStream_t stream
 // The same with h computed beside it, where GemmSm90Shrinks.
 cudaError_t GemmSm90(const Gemm& gemm, const GemmShrink& shrink, cudaStream_t stream);
 cudaError_t GemmSm90(const Gemm& gemm, const GemmShrink& shrink, const GemmPlan& plan,
+                     cudaStream_t stream);
+
+// And with the gradient, where GemmSm90Sweeps.
+cudaError_t GemmSm90(const Gemm& gemm, const GemmShrink& shrink, const GemmGrad& grad,
                      cudaStream_t stream);
 
 }  // namespace jax_fused_lora

@@ -182,6 +182,22 @@ __global__ void ExpandTruthKernel(const double* h, const double* h_bound, const 
   }
 }
 
+// scaling · hᵀ·x in float64, and what its terms add up to.
+template <class T>
+__global__ void GradTruthKernel(const float* h, const T* x, int64_t m, int64_t k, int64_t r,
+                                double scaling, double* truth, double* bound) {
+  const int64_t column = blockIdx.x * int64_t{blockDim.x} + threadIdx.x, rank = blockIdx.y;
+  if (column >= k) return;
+  double sum = 0, size = 0;
+  for (int64_t i = 0; i < m; ++i) {
+    const double product = scaling * h[i * r + rank] * Wide(x[i * k + column]);
+    sum += product;
+    size += fabs(product);
+  }
+  truth[rank * k + column] = sum;
+  bound[rank * k + column] = size;
+}
+
 struct Verdict {
   unsigned wrong, worst;  // entries; the bits of a float, error over what is allowed
 };
@@ -206,19 +222,20 @@ std::string Describe(const GemmPlan& plan) {
          (plan.along_n ? "n" : "m");
 }
 
-int failed = 0, passed = 0, shrunk = 0, few = 0;
+int failed = 0, passed = 0, shrunk = 0, swept = 0, few = 0;
 
-// h beside the product, and all in one kernel: y and h, twice over, since what is ready when
-// differs.
+// h beside the product, alone and with a gradient, and all in one kernel: y, h and the gradient,
+// twice over, since what is ready when differs.
 template <class T>
 void TestShrink(int64_t m, int64_t k, int64_t n, int64_t r, cudaStream_t stream) {
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
-  constexpr float kScaling = .25f, kH16Scaling = 4.f;
+  constexpr float kScaling = .25f, kH16Scaling = 4.f, kGradScaling = .5f;
   if (r == 0) return;
   Buffer x(m * k * 2), w(k * n * 2), wt(k * n * 2), a(k * r * 2), at(k * r * 2), b(r * n * 2),
       bt(r * n * 2), bias(n * 2);
   Buffer h(m * r * 4), h16(m * GemmSm90Width(r) * 2), y(m * n * 2);
-  Buffer scratch(GemmSm90ShrinkScratch(m) * 4);
+  Buffer scratch(GemmSm90ShrinkScratch(m) * 4), of_h(m * r * 4), gradient(r * k * 2);
+  Buffer gradient_truth(r * k * 8), gradient_bound(r * k * 8);
   Buffer h_truth(m * r * 8), h_bound(m * r * 8), truth(m * n * 8), bound(m * n * 8);
   Buffer verdict(sizeof(Verdict));
   Fill<T>(x, m * k, 1, 1);
@@ -226,6 +243,7 @@ void TestShrink(int64_t m, int64_t k, int64_t n, int64_t r, cudaStream_t stream)
   Fill<T>(a, k * r, 3, 1);
   Fill<T>(b, r * n, 4, 1);
   Fill<T>(bias, n, 5, 8);
+  Fill<float>(of_h, m * r, 6, 1);
   TransposeKernel<<<1024, 256>>>(w.get<T>(), k, n, wt.get<T>());
   TransposeKernel<<<1024, 256>>>(a.get<T>(), k, r, at.get<T>());
   TransposeKernel<<<1024, 256>>>(b.get<T>(), r, n, bt.get<T>());
@@ -236,6 +254,9 @@ void TestShrink(int64_t m, int64_t k, int64_t n, int64_t r, cudaStream_t stream)
                                 h_bound.get<double>());
   ExpandTruthKernel<<<columns, 128>>>(h_truth.get<double>(), h_bound.get<double>(), b.get<T>(), n,
                                       r, kH16Scaling, truth.get<double>(), bound.get<double>());
+  GradTruthKernel<<<dim3((k + 127) / 128, r), 128>>>(of_h.get<float>(), x.get<T>(), m, k, r,
+                                                     kGradScaling, gradient_truth.get<double>(),
+                                                     gradient_bound.get<double>());
   CHECK(cudaGetLastError());
   CHECK(cudaDeviceSynchronize());
   int multiprocessors;
@@ -264,6 +285,12 @@ void TestShrink(int64_t m, int64_t k, int64_t n, int64_t r, cudaStream_t stream)
                       }});
     }
     shrunk += 2 * ways.size();
+    const GemmGrad grad = {of_h.get<float>(), kGradScaling, gradient.get()};
+    if (GemmSm90Sweeps(gemm, shrink, grad)) {
+      ways.push_back({"gradient beside",
+                      [&](const Gemm& gemm) { return GemmSm90(gemm, shrink, grad, stream); }});
+      swept += 2;
+    }
     if (FewSm90Serves(gemm, shrink)) {
       const Way way = [&](const Gemm& gemm) { return FewSm90(gemm, shrink, stream); };
       ways.push_back({"in one kernel", way});
@@ -272,9 +299,10 @@ void TestShrink(int64_t m, int64_t k, int64_t n, int64_t r, cudaStream_t stream)
     }
     for (const auto& [name, way] : ways) {
       gemm.bias = name.find("bias") != name.npos ? bias.get() : nullptr;
+      const bool sweeps = name.find("gradient") != name.npos;
       std::vector<char> first;
       for (int turn = 0; turn < 2; ++turn) {
-        for (const Buffer* buffer : {&y, &h, &h16}) buffer->Poison();
+        for (const Buffer* buffer : {&y, &h, &h16, &gradient}) buffer->Poison();
         if (turn == 0) scratch.Poison();  // then as the turn before has left it
         CHECK(cudaDeviceSynchronize());
         CHECK(way(gemm));
@@ -286,14 +314,22 @@ void TestShrink(int64_t m, int64_t k, int64_t n, int64_t r, cudaStream_t stream)
         JudgeKernel<float><<<1024, 256>>>(h.get<float>(), nullptr, h_truth.get<double>(),
                                           h_bound.get<double>(), m, r, 0x1p-24, 0,
                                           verdict.get<Verdict>());
+        if (sweeps) {
+          JudgeKernel<T><<<1024, 256>>>(gradient.get<T>(), nullptr, gradient_truth.get<double>(),
+                                        gradient_bound.get<double>(), r, k, 0x1p-8, 0x1p-126,
+                                        verdict.get<Verdict>());
+        }
         CHECK(cudaGetLastError());
         Verdict result;
         CHECK(cudaMemcpy(&result, verdict.get(), sizeof result, cudaMemcpyDefault));
-        std::vector<char> now(m * n * 2 + m * r * 4);
+        std::vector<char> now(m * n * 2 + m * r * 4 + sweeps * r * k * 2);
         CHECK(cudaMemcpy(now.data(), y.get(), m * n * 2, cudaMemcpyDefault));
         CHECK(cudaMemcpy(now.data() + m * n * 2, h.get(), m * r * 4, cudaMemcpyDefault));
+        CHECK(cudaMemcpy(now.data() + m * n * 2 + m * r * 4, gradient.get(), sweeps * r * k * 2,
+                         cudaMemcpyDefault));
         if (turn == 0) first = now;
-        const bool whole = y.Whole() && h.Whole() && h16.Whole() && scratch.Whole();
+        const bool whole =
+            y.Whole() && h.Whole() && h16.Whole() && scratch.Whole() && gradient.Whole();
         const bool ok = result.wrong == 0 && whole && now == first;
         ok ? ++passed : ++failed;
         if (!ok) {
@@ -539,6 +575,15 @@ void Time(int64_t m, int64_t width, int64_t r, bool transposed, cudaStream_t str
       CHECK(GemmSm90(gemm, shrink, plan, stream));
     };
   };
+  Buffer gradient(r * width * 2);
+  const auto swept = [&](Gemm gemm) {
+    const int64_t layer = (static_cast<const T*>(gemm.w) - w.get<T>()) / (width * width);
+    gemm.h16 = h16_out.get();
+    CHECK(GemmSm90(gemm,
+                   {a.get<T>() + layer * width * r, 1, 1, h_out.get<float>(), h16_out.get(),
+                    scratch.get<float>()},
+                   {h.get<float>(), 1, gradient.get()}, stream));
+  };
   const auto shrinks = [&](const GemmPlan& plan) {
     return GemmSm90Shrinks({kBf16, transposed, m, width, width, r, x.get(), w.get(), nullptr,
                             h16.get(), b.get(), y.get()},
@@ -580,6 +625,11 @@ void Time(int64_t m, int64_t width, int64_t r, bool transposed, cudaStream_t str
       beside_plans.push_back(each);
       beside_graphs.push_back(chain(beside(each), true));
     }
+    const bool sweeps = GemmSm90Sweeps({kBf16, transposed, m, width, width, r, x.get(), w.get(),
+                                        nullptr, h16_out.get(), b.get(), y.get()},
+                                       {a.get(), 1, 1, h_out.get<float>(), h16_out.get()},
+                                       {h.get<float>(), 1, gradient.get()});
+    if (sweeps) beside_graphs.push_back(chain(swept, true));
     if (cublas.gemm) beside_graphs.push_back(chain(std::cref(cublas), false));
     const std::vector<double> times = Interleave(beside_graphs, kRuns, kLayers);
     for (Graph* graph : beside_graphs) delete graph;
@@ -588,6 +638,12 @@ void Time(int64_t m, int64_t width, int64_t r, bool transposed, cudaStream_t str
     for (size_t i = 0; i < beside_plans.size(); ++i) {
       std::snprintf(line, sizeof line, " %s %.1f (%.3f)", Describe(beside_plans[i]).c_str(),
                     times[i], cublas.gemm ? times[i] / times.back() : NAN);
+      text += line;
+    }
+    if (sweeps) {
+      const double time = times[beside_plans.size()];
+      std::snprintf(line, sizeof line, "; with the gradient %.1f (%.3f)", time,
+                    cublas.gemm ? time / times.back() : NAN);
       text += line;
     }
     std::snprintf(line, sizeof line, "h beside, %lld rows, %lld, rank %lld%s:", (long long)m,
@@ -737,8 +793,10 @@ int Main(int argc, char** argv) {
   // One tile of the shrink and many, of few and of many blocks; rows, columns and depths that no
   // tile divides; more tiles of the product than blocks.
   constexpr int64_t kShrinkShapes[][4] = {
-      {1, 1536, 4096, 8},    {129, 1544, 1672, 16}, {300, 2048, 1024, 24},  {515, 4104, 2056, 32},
-      {640, 5000, 1288, 16}, {1000, 4096, 3000, 1}, {4099, 2000, 4096, 16}, {3000, 2048, 8192, 8},
+      {1, 1536, 4096, 8},     {129, 1544, 1672, 16}, {300, 2048, 1024, 24},  {515, 4104, 2056, 32},
+      {640, 5000, 1288, 16},  {1000, 4096, 3000, 1}, {4099, 2000, 4096, 16}, {3000, 2048, 8192, 8},
+      {1000, 4096, 4096, 16}, {2048, 3000, 4096, 8}, {4099, 3072, 5000, 16}, {1, 1720, 8, 8},
+      {129, 2280, 8, 16},     {300, 2832, 64, 16},
   };
   // Of few rows, for all in one kernel; the depth in one part where there are many columns.
   constexpr int64_t kFewShapes[][4] = {
@@ -765,35 +823,42 @@ int Main(int argc, char** argv) {
     TestShrink<__nv_bfloat16>(m, k, n, r, stream);
     TestShrink<__half>(m, k, n, r, stream);
   }
-  std::printf("%d of them with h beside, %d in one kernel\n", shrunk, few);
-  if (shrunk == 0 || few == 0) ++failed;
+  std::printf("%d of them with h beside, %d with a gradient too, %d in one kernel\n", shrunk, swept,
+              few);
+  if (shrunk == 0 || swept == 0 || few == 0) ++failed;
   std::printf("%d results right, %d wrong\n", passed, failed);
   if (small || what == "values") return failed != 0;
 
   constexpr size_t kWorkspace = 64 << 20;
   Buffer workspace(kWorkspace);
   const Cublas cublas(stream, workspace, kWorkspace);
-  for (bool transposed : {false, true}) {
-    for (int64_t m : {1, 16, 32, 64, 96, 128, 160, 192, 256, 288, 320, 384, 448, 640, 1000}) {
-      TimeFew(m, 4096, 16, transposed, stream, cublas);
+  if (what != "transposed") {
+    for (bool transposed : {false, true}) {
+      for (int64_t m : {1, 16, 32, 64, 96, 128, 160, 192, 256, 288, 320, 384, 448, 640, 1000}) {
+        TimeFew(m, 4096, 16, transposed, stream, cublas);
+      }
     }
+    TimeFew(16, 1024, 16, false, stream, cublas);
+    TimeFew(64, 1024, 16, false, stream, cublas);
+    TimeFew(64, 4096, 64, false, stream, cublas);
+    TimeFew(128, 4096, 64, false, stream, cublas);
+    TimeFew(64, 8192, 16, false, stream, cublas);
+    TimeFew(256, 2048, 16, false, stream, cublas);
+    TimeFew(256, 4096, 32, false, stream, cublas);
   }
-  TimeFew(16, 1024, 16, false, stream, cublas);
-  TimeFew(64, 1024, 16, false, stream, cublas);
-  TimeFew(64, 4096, 64, false, stream, cublas);
-  TimeFew(128, 4096, 64, false, stream, cublas);
-  TimeFew(64, 8192, 16, false, stream, cublas);
-  TimeFew(256, 2048, 16, false, stream, cublas);
-  TimeFew(256, 4096, 32, false, stream, cublas);
   if (what == "few") return failed != 0;
-  for (int64_t m : {512, 2048, 8192}) {
-    for (int64_t r : {16, 32, 64}) Time<__nv_bfloat16>(m, 4096, r, false, stream, cublas);
+  if (what != "transposed") {
+    for (int64_t m : {512, 2048, 8192}) {
+      for (int64_t r : {16, 32, 64}) Time<__nv_bfloat16>(m, 4096, r, false, stream, cublas);
+    }
+    Time<__nv_bfloat16>(8192, 8192, 16, false, stream, cublas);
   }
-  Time<__nv_bfloat16>(8192, 8192, 16, false, stream, cublas);
   for (int64_t m : {512, 2048, 8192}) Time<__nv_bfloat16>(m, 4096, 16, true, stream, cublas);
   Time<__nv_bfloat16>(8192, 8192, 16, true, stream, cublas);
-  Time<__half>(8192, 4096, 16, false, stream, cublas);
-  for (int64_t m : {512, 2048, 8192}) TimeOverlap(m, 4096, 16, stream);
+  if (what != "transposed") {
+    Time<__half>(8192, 4096, 16, false, stream, cublas);
+    for (int64_t m : {512, 2048, 8192}) TimeOverlap(m, 4096, 16, stream);
+  }
 
   std::printf("\nµs a layer; cuBLAS and plain compute x·W alone\n");
   std::printf("%-4s %-8s %5s %5s %4s %8s %8s %8s %7s  %-14s %8s %8s %7s  %s\n", "type", "W", "rows",

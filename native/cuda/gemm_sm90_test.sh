@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Builds gemm_sm90.cu and its test and runs it, on a machine with a Hopper GPU and CUDA 13's nvcc.
 #
-#   bash native/cuda/gemm_sm90_test.sh CUTLASS_INCLUDE [BUILD] [values | small | few]
+#   bash native/cuda/gemm_sm90_test.sh CUTLASS_INCLUDE [BUILD] [values | small | few | transposed]
 #
 # CUTLASS_INCLUDE holds cutlass/ and cute/ (PyPI nvidia-cutlass: cutlass_library/source/include).
 # BUILD keeps the objects, build/gemm_sm90 unless said; `values` skips the times, `small` the large
-# shapes too, for compute-sanitizer; `few` skips the times of many rows. CUBLAS may name the libcublas
-# to compare with. NVCC and JOBS (16) as usual. Without a GPU it only builds.
+# shapes too, for compute-sanitizer; `few` skips the times of many rows, `transposed` all but those
+# of many rows with W transposed. CUBLAS may name the libcublas to compare with. NVCC and JOBS (16)
+# as usual. Without a GPU it only builds.
 set -euo pipefail
 cutlass=$(realpath "${1:?folder of the CUTLASS headers}")
 cd "$(dirname "$0")/../.."
@@ -21,6 +22,7 @@ compile() {  # object, source, flags
   shift 2
   [[ $object -nt $source && $object -nt native/cuda/gemm_sm90.h &&
     $object -nt native/cuda/shrink_beside.h && $object -nt native/cuda/few_sm90.h &&
+    $object -nt native/cuda/sweep_beside.h && $object -nt native/cuda/beside.cuh &&
     $object -nt native/cuda/device.cuh ]] && return
   "$nvcc" "${flags[@]}" "$@" -c "$source" -o "$object.new" && mv "$object.new" "$object"
 }
@@ -30,6 +32,7 @@ wait_for() { while (($(jobs -rp | wc -l) >= $1)); do wait -n || failed=1; done; 
 compile "$build/test.o" native/cuda/gemm_sm90_test.cu &
 compile "$build/host.o" native/cuda/gemm_sm90.cu &
 compile "$build/beside.o" native/cuda/shrink_beside.cu &
+compile "$build/sweep.o" native/cuda/sweep_beside.cu &
 compile "$build/few.o" native/cuda/few_sm90.cu &
 for part in {0..11}; do
   wait_for "${JOBS:-16}"
@@ -37,7 +40,7 @@ for part in {0..11}; do
 done
 for job in $(jobs -p); do wait "$job" || failed=1; done
 ((failed == 0)) || { echo "does not compile" >&2; exit 1; }
-"$nvcc" "${flags[@]}" "$build"/{test,host,beside,few,{0..11}}.o -o "$build/gemm_sm90_test" -ldl
+"$nvcc" "${flags[@]}" "$build"/{test,host,beside,sweep,few,{0..11}}.o -o "$build/gemm_sm90_test" -ldl
 
 if [[ -z ${CUBLAS:-} ]]; then
   CUBLAS=$(python3 - <<'FIND' 2>/dev/null || true

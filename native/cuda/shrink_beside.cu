@@ -8,9 +8,8 @@
 #include "cutlass/cutlass.h"
 #include "cutlass/gemm/collective/collective_builder.hpp"
 #include "cutlass/numeric_types.h"
-#include "native/cuda/device.cuh"
+#include "native/cuda/beside.cuh"
 #include "native/cuda/shrink_beside.h"
-#include "native/cuda/shrink_expand.cuh"
 
 namespace jax_fused_lora {
 namespace {
@@ -52,27 +51,15 @@ __device__ void StoreTile(const Params& p, int tile, int thread, const Sums& sum
   using Element = std::remove_pointer_t<decltype(p.h16)>;
   using Number =
       std::conditional_t<std::is_same_v<Element, cutlass::half_t>, __half, __nv_bfloat16>;
-  const int width = H16Width(p.rank);
   CUTLASS_PRAGMA_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int64_t row = int64_t{tile} * kBesideRows + thread / 32 * 16 + half * 8 + thread % 32 / 4;
     if (row >= p.rows) continue;
     CUTLASS_PRAGMA_UNROLL
     for (int n = 0; n < cute::size(Sums{}) / 4; ++n) {
-      const int rank = n * 8 + thread % 4 * 2;
-      if (rank / 16 * kH16Block >= width) continue;
-      alignas(4) Number hi[2], lo[2];
-      CUTLASS_PRAGMA_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        const bool some = rank + j < p.rank;  // or x's infinities times A's padding
-        const float value = some ? p.scaling * sums(n * 4 + half * 2 + j) : 0.0f;
-        if (some) p.h[row * p.rank + rank + j] = value;
-        SplitClamped(p.h16_scaling * value, hi + j, lo + j);
-      }
-      Number* const pair =
-          reinterpret_cast<Number*>(p.h16) + row * width + rank / 16 * kH16Block + rank % 16;
-      *reinterpret_cast<uint32_t*>(pair) = *reinterpret_cast<uint32_t*>(hi);
-      *reinterpret_cast<uint32_t*>(pair + kH16Block / 2) = *reinterpret_cast<uint32_t*>(lo);
+      const float pair[2] = {p.scaling * sums(n * 4 + half * 2),
+                             p.scaling * sums(n * 4 + half * 2 + 1)};
+      StoreRanks<Number>(pair, row, n * 8 + thread % 4 * 2, p.rank, p.h16_scaling, p.h, p.h16);
     }
   }
 }
@@ -87,12 +74,7 @@ __global__ void __launch_bounds__(Beside::kThreads, 1)
   const bool fetches = threadIdx.x < 128;
   const int thread = threadIdx.x - 128;  // of those that multiply
 
-  // A dependent reads `done` without waiting for this kernel. So what is cleared has to have
-  // reached the L2 cache, out of which it reads, before it may start.
-  for (int i = blockIdx.x + threadIdx.x * gridDim.x; i < p.tiles; i += blockDim.x * gridDim.x) {
-    p.done[i] = 0;
-  }
-  __threadfence();
+  ClearDone(p.done, p.tiles);
 
   typename Pipeline::Params pipeline_params;
   pipeline_params.role =
@@ -136,9 +118,7 @@ __global__ void __launch_bounds__(Beside::kThreads, 1)
     StoreTile(p, tile, thread, sums);
     asm volatile("fence.proxy.async;" ::: "memory");  // TMA reads h16
     cutlass::arch::NamedBarrier::sync(Beside::kMultiply, 0);
-    if (thread == 0 && tile < p.tiles) {
-      asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(p.done + tile) : "memory");
-    }
+    if (thread == 0 && tile < p.tiles) SetDone(p.done + tile);
   }
 }
 
