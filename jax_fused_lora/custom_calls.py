@@ -96,10 +96,11 @@ def backward(
     slices = _row_slices(m, r, form) if library == "cpu" and count == 1 else 1
     wide_b = lora_b.dtype == jnp.float32  # read where it lies, as dB is summed where it belongs
     sums = slices * (k + n) - wide_b * n if slices > 1 else 0
+    turned = "x" in grads and form != "kernel"  # all of A; else block by block, as W is
     floats = {
         "cpu": lambda: (
             r * (count * m + sums)
-            + _count(lora_a, axes) * r * _padded(k)
+            + turned * _count(lora_a, axes) * r * _padded(k)
             + (not wide_b) * _count(lora_b, axes) * r * n
         ),
         "metal": lambda: r * m,  # t

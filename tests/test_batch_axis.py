@@ -98,7 +98,8 @@ def floats(native, call, axes, sizes, form, slices, grads):
     count = math.prod(np.broadcast_shapes(*axes.values()))
     padded = {letter: -(-sizes[letter] // 64) * 64 for letter in "kn"}
     if call == "lora_backward":
-        factors = own["lora_a"] * r * padded["k"] + own["lora_b"] * r * n
+        turned = "x" in grads and form != "kernel"
+        factors = turned * own["lora_a"] * r * padded["k"] + own["lora_b"] * r * n
         sums = slices * (k + n) if slices > 1 else 0
         return count * r * (m + sums) + factors
     products, rows = (1, own["x"] * m) if own.get("kernel") == 1 else (count, m)

@@ -38,9 +38,12 @@ class Backward {
   Backward(const BackwardCall& call, int64_t threads, Workspace* space) : c_(call) {
     if (product_) {
       blocks_.emplace(c_.batch, c_.g, c_.kernel, c_.m, c_.k, static_cast<int64_t>(kernels_.columns),
-                      threads);
+                      threads, /*one_factor=*/c_.a.count == 1);
     }
-    if (c_.dx) at_ = Widened(c_.a, c_.dtype, true, c_.r, c_.k, Widened::kPacked, space);
+    // A product's blocks turn as much of A as they need.
+    if (c_.dx && !product_) {
+      at_ = Widened(c_.a, c_.dtype, true, c_.r, c_.k, Widened::kPacked, space);
+    }
     if (need_t_ && c_.b_dtype != ffi::DataType::F32) {
       b_ = Widened(c_.b, c_.b_dtype, false, c_.r, c_.n, Widened::kRowMajor, space);
     }
@@ -125,22 +128,21 @@ class Backward {
     if (const auto part = blocks_->OneElement(block)) {
       phases.WaitBefore(2);
       const auto [element, m0] = *part;
-      const LowRank low_rank = {t_ + (element * c_.m + m0) * c_.r, static_cast<size_t>(c_.r),
-                                at_.At(c_.batch, element).From(block.j0).Read(), 1.0f};
-      return kernels_.layer_transposed(g, block.rows, c_.n, w, block.j0, block.columns, low_rank,
+      return kernels_.layer_transposed(g, block.rows, c_.n, w, block.j0, block.columns,
+                                       T(element, m0), c_.r, c_.a.At(c_.batch, element),
                                        Dx(element, m0, block.j0), c_.k, scratch);
     }
     kernels_.product_transposed(g, block.rows, c_.n, w, block.j0, block.columns, scratch->sums,
                                 scratch);
     phases.WaitBefore(2);
     blocks_->ForEachElement(block, [&](int64_t element, int64_t m0, int64_t rows, int64_t first) {
-      kernels_.expand(t_ + (element * c_.m + m0) * c_.r, rows, c_.r,
-                      at_.At(c_.batch, element).From(block.j0).Read(), block.columns, 1.0f,
-                      scratch->sums + first * block.columns, block.columns, nullptr,
-                      Dx(element, m0, block.j0), c_.k);
+      kernels_.expand_transposed(T(element, m0), rows, c_.r, c_.a.At(c_.batch, element), block.j0,
+                                 block.columns, scratch->sums + first * block.columns,
+                                 Dx(element, m0, block.j0), c_.k, scratch);
     });
   }
 
+  const float* T(int64_t element, int64_t m0) const { return t_ + (element * c_.m + m0) * c_.r; }
   void* Dx(int64_t element, int64_t m0, int64_t k0) const {
     return At(c_.dx.At(c_.batch, element), m0 * c_.k + k0, c_.dtype);
   }
@@ -230,7 +232,7 @@ class Backward {
   const int64_t db_columns_ = SumColumns(c_.n), db_ranges_ = Blocks(c_.n, db_columns_);
 
   std::optional<ProductBlocks> blocks_;
-  Widened at_, b_;                                     // Aᵀ, B
+  Widened at_, b_;                                     // Aᵀ where dx is no product, B
   float* t_ = nullptr;                                 // (batch, m, r)
   float *da_slices_ = nullptr, *db_slices_ = nullptr;  // (batch, slices, r, k or n)
 };

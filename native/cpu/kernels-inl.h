@@ -519,13 +519,35 @@ struct Turned {
   }
 };
 
+// A factor of the low-rank part that was packed for all blocks.
+struct Copied {
+  Panels<const float> b;  // (depth, columns)
+
+  void operator()(size_t p, size_t j, size_t depth, size_t width, Panels<float> to) const {
+    for (size_t i = 0; i < width; i += kPanel) {
+      PackRows<float>({InPanel(b, j + i) + p * b.row, b.row}, depth, std::min(kPanel, width - i),
+                      {InPanel(to, i), to.row, 0, kPanel});
+    }
+  }
+};
+
+// scale · h (m, rank) · b, as part of a product: `pack` brings panels of b. A default one is none.
+template <class Pack = Copied>
+struct MoreDepth {
+  const float* h;
+  size_t rank;
+  Pack pack;
+  float scale;
+};
+
 // out (m, columns) = x (m, k) · w + bias + low_rank, `pack` bringing panels of w into the first
 // cache, where every tile of rows reads them; the rows' part of that depth is in the second
 // meanwhile, and so are the sums. The low-rank part is so much more depth: [x | scale·h]·[w; b].
 // Added to the sums in a pass of its own it took 5 % of 512×1024→1024, rank 16.
-template <class T, class TO, class Pack>
+template <class T, class TO, class Pack, class PackFactor>
 void PackedProduct(const T* x, size_t m, size_t k, const Pack& pack, size_t columns,
-                   const LowRank& low_rank, const float* bias, Rows<TO> out, Scratch* scratch) {
+                   const MoreDepth<PackFactor>& low_rank, const float* bias, Rows<TO> out,
+                   Scratch* scratch) {
   constexpr size_t kWidth = Scratch::kPanel;
   constexpr size_t kMost = Scratch::kPanelDepth, kUsual = kMost - kLanes;
   constexpr size_t kRow = Scratch::kPanelRow;
@@ -550,10 +572,9 @@ void PackedProduct(const T* x, size_t m, size_t k, const Pack& pack, size_t colu
       const size_t width = std::min(kWidth, columns - j);
       const auto panels = Panels<float>::Packed(scratch->panel, depth, kPanel);
       if (of_w > 0) pack(p, j, of_w, width, panels);
-      for (size_t jj = 0; of_b > 0 && jj < width; jj += kPanel) {
-        const Rows<const float> b = {InPanel(low_rank.b, j + jj) + q * kPanel, kPanel};
-        PackRows<float>(b, of_b, std::min(kPanel, width - jj),
-                        {InPanel(panels, jj) + of_w * kPanel, kPanel, 0, kPanel});
+      if (of_b > 0) {
+        low_rank.pack(q, j, of_b, width,
+                      {panels.data + of_w * kPanel, panels.row, panels.panel, panels.width});
       }
       const Scalars rows = {scratch->rows, kRow, 1};
       float* sums = scratch->sums + j;
@@ -595,7 +616,7 @@ void Product(const void* x_, size_t m, size_t k, const void* w_, size_t n, size_
              size_t columns, float* out, Scratch* scratch) {
   const T* x = static_cast<const T*>(x_);
   if (m > kInPlaceRows) {
-    return PackedProduct<T, float>(x, m, k, Packing<T>(w_, n, j0), columns, {}, nullptr,
+    return PackedProduct<T, float>(x, m, k, Packing<T>(w_, n, j0), columns, MoreDepth<>(), nullptr,
                                    {out, columns}, scratch);
   }
   InPlaceProduct<T, kNnRows, kNnVecs>(/*deep=*/32, x, k, m, k, {static_cast<const T*>(w_) + j0, n},
@@ -605,7 +626,8 @@ void Product(const void* x_, size_t m, size_t k, const void* w_, size_t n, size_
 template <class T>
 void Layer(const void* x, size_t m, size_t k, const void* w, size_t n, size_t j0, size_t columns,
            const LowRank& low_rank, const float* bias, void* y, size_t y_row, Scratch* scratch) {
-  PackedProduct<T, T>(static_cast<const T*>(x), m, k, Packing<T>(w, n, j0), columns, low_rank, bias,
+  const MoreDepth<> part = {low_rank.h, low_rank.rank, {low_rank.b}, low_rank.scale};
+  PackedProduct<T, T>(static_cast<const T*>(x), m, k, Packing<T>(w, n, j0), columns, part, bias,
                       {static_cast<T*>(y), y_row}, scratch);
 }
 
@@ -615,8 +637,8 @@ void ProductTransposed(const void* g_, size_t m, size_t n, const void* w_, size_
                        size_t columns, float* out, Scratch* scratch) {
   const T* g = static_cast<const T*>(g_);
   if (m > Scratch::kDepthRows) {
-    return PackedProduct<T, float>(g, m, n, Turning<T>(w_, n, k0), columns, {}, nullptr,
-                                   {out, columns}, scratch);
+    return PackedProduct<T, float>(g, m, n, Turning<T>(w_, n, k0), columns, MoreDepth<Turned<T>>(),
+                                   nullptr, {out, columns}, scratch);
   }
   const T* w = static_cast<const T*>(w_) + k0 * n;
   if (n == 0) std::fill_n(out, m * columns, 0.0f);
@@ -632,9 +654,36 @@ void ProductTransposed(const void* g_, size_t m, size_t n, const void* w_, size_
 
 template <class T>
 void LayerTransposed(const void* g, size_t m, size_t n, const void* w, size_t k0, size_t columns,
-                     const LowRank& low_rank, void* dx, size_t dx_row, Scratch* scratch) {
-  PackedProduct<T, T>(static_cast<const T*>(g), m, n, Turning<T>(w, n, k0), columns, low_rank,
-                      nullptr, {static_cast<T*>(dx), dx_row}, scratch);
+                     const float* t, size_t r, const void* a, void* dx, size_t dx_row,
+                     Scratch* scratch) {
+  const MoreDepth<Turned<T>> part = {t, r, Turning<T>(a, r, k0), 1.0f};
+  PackedProduct<T, T>(static_cast<const T*>(g), m, n, Turning<T>(w, n, k0), columns, part, nullptr,
+                      {static_cast<T*>(dx), dx_row}, scratch);
+}
+
+// As many ranks at a time as a panel has room for, summed in float32.
+template <class T>
+void ExpandTransposed(const float* t, size_t m, size_t r, const void* a, size_t k0, size_t columns,
+                      const float* init, void* dx_, size_t dx_row, Scratch* scratch) {
+  T* dx = static_cast<T*>(dx_);
+  constexpr size_t kWidth = Scratch::kPanel, kMost = Scratch::kPanelDepth;
+  const Turned<T> turn = Turning<T>(a, r, k0);
+  for (size_t j = 0; j < columns; j += kWidth) {
+    const size_t width = std::min(kWidth, columns - j);
+    Rows<const float> before = {init + j, columns};
+    const auto add = [&](size_t q, size_t ranks, auto out) HWY_ATTR {
+      const auto panels = Panels<float>::Packed(scratch->panel, ranks, kPanel);
+      turn(q, j, ranks, width, panels);
+      Nn(m, width, ranks, {t + q, r, 1}, panels.Read(), 1.0f, before, out);
+    };
+    size_t q = 0;
+    for (; r - q > kMost; q += kMost) {
+      const Rows<float> sums = {scratch->rows, kWidth};
+      add(q, kMost, sums);
+      before = {sums.data, sums.row};
+    }
+    add(q, r - q, Rows<T>{dx + j, dx_row});
+  }
 }
 
 inline void Gather(const float* partial, size_t slices, size_t stride, size_t m, size_t partial_row,
@@ -691,6 +740,7 @@ constexpr Kernels Table() {
           &Gather,
           &ProductTransposed<T>,
           &LayerTransposed<T>,
+          &ExpandTransposed<T>,
           &Sum<T>,
           &SumTransposed<T>};
 }

@@ -120,10 +120,16 @@ struct Kernels {
   void (*product_transposed)(const void* g, size_t m, size_t n, const void* w, size_t k0,
                              size_t columns, float* out, Scratch* scratch);
 
-  // dx (m, columns) = the same + low_rank, rows of dx being dx_row apart; kDepthRows < m ≤ kRows.
+  // dx (m, columns) = the same + t (m, r) · a (k, r)[k0 : k0 + columns]ᵀ, rows of dx being dx_row
+  // apart; kDepthRows < m ≤ kRows.
   void (*layer_transposed)(const void* g, size_t m, size_t n, const void* w, size_t k0,
-                           size_t columns, const LowRank& low_rank, void* dx, size_t dx_row,
-                           Scratch* scratch);
+                           size_t columns, const float* t, size_t r, const void* a, void* dx,
+                           size_t dx_row, Scratch* scratch);
+
+  // dx (m, columns) = init (m, columns) + t (m, r) · a (k, r)[k0 : k0 + columns]ᵀ, m ≤ kRows.
+  void (*expand_transposed)(const float* t, size_t m, size_t r, const void* a, size_t k0,
+                            size_t columns, const float* init, void* dx, size_t dx_row,
+                            Scratch* scratch);
 
   // out[i0:i1] = first[i] + Σ over `slices` of rest[slice · stride + i]; `first` may be out.
   void (*sum)(const float* first, const float* rest, size_t slices, size_t stride, size_t i0,

@@ -202,6 +202,8 @@ size_t NextSize() {
 constexpr size_t kRows[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 35, 63, 64, 65, 71};
 constexpr size_t kRanks[] = {1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12,
                              13, 14, 15, 16, 17, 18, 19, 20, 33, 64, 130};
+// No rank, and some around what a panel has room for, once and twice.
+constexpr size_t kOddRanks[] = {0, 143, 144, 145, 288, 289, 300};
 
 class Suite {
  public:
@@ -214,6 +216,7 @@ class Suite {
         ShrinkAsItLies(m, NextSize(), r);
         Shrink(m, NextSize(), r);
         Expand(m, r, NextSize());
+        ExpandTransposed(m, r, NextSize());
         Outer(m, r, NextSize());
       }
       for (int i = 0; i < 24; ++i) {
@@ -224,6 +227,12 @@ class Suite {
         for (size_t slices : {1, 2, 5}) Gather(slices, m, NextSize());
       }
     }
+    for (size_t r : kOddRanks) {
+      for (size_t m : {1, 7, 64}) ExpandTransposed(m, r, NextSize());
+      Product(71, NextSize(), NextSize(), r);
+      ProductTransposed(71, NextSize(), NextSize(), r);
+    }
+    ExpandTransposed(Scratch::kRows, 145, 70);
     for (size_t r : kRanks) {
       for (int i = 0; i < 6; ++i) {
         Transpose(NextSize(), r);
@@ -375,6 +384,35 @@ class Suite {
     }
   }
 
+  // x (m, depth) · y[first : first + columns]ᵀ.
+  static std::vector<double> TimesTransposed(const Block& x, size_t m, size_t depth, const Block& y,
+                                             size_t first, size_t columns) {
+    std::vector<double> sums(m * columns);
+    for (size_t i = 0; i < m; ++i) {
+      for (size_t j = 0; j < columns; ++j) {
+        for (size_t p = 0; p < depth; ++p) {
+          sums[i * columns + j] += x[i * depth + p] * y[(first + j) * depth + p];
+        }
+      }
+    }
+    return sums;
+  }
+
+  void ExpandTransposed(size_t m, size_t r, size_t k) {
+    const size_t k0 = k / 3, columns = k - k0, row = columns + m % 3;
+    Block t = FloatIntegers(m * r), a = Integers(k * r), init = FloatIntegers(m * columns);
+    const std::vector<double> sums = TimesTransposed(t, m, r, a, k0, columns);
+    Block dx = Blank(Extent(m, row, columns)), expected = dx.Copy();
+    for (size_t i = 0; i < m; ++i) {
+      for (size_t j = 0; j < columns; ++j) {
+        expected.Set(i * row + j, init[i * columns + j] + sums[i * columns + j]);
+      }
+    }
+    kernels_.expand_transposed(t.floats(), m, r, a.at(0), k0, columns, init.floats(), dx.at(0), row,
+                               PoisonedScratch());
+    Check(dx == expected, storage_, "expand_transposed m=%zu r=%zu k=%zu[%zu:]", m, r, k, k0);
+  }
+
   void Outer(size_t m, size_t r, size_t n) {
     const float scale = 0.75f;
     const size_t h_row = r + 2, g_row = n + 3, out_row = n + 1;
@@ -484,29 +522,24 @@ class Suite {
     const size_t k0 = k / 3, columns = std::min(k - k0, kernels_.columns);
     Block g = Integers(m * n), w = Integers((k0 + columns) * n), out = Floats(m * columns);
     Block expected = out.Copy();
-    std::vector<double> sums(m * columns);
-    for (size_t i = 0; i < m; ++i) {
-      for (size_t j = 0; j < columns; ++j) {
-        double sum = 0;
-        for (size_t p = 0; p < n; ++p) sum += g[i * n + p] * w[(k0 + j) * n + p];
-        expected.Set(i * columns + j, sums[i * columns + j] = sum);
-      }
-    }
+    const std::vector<double> sums = TimesTransposed(g, m, n, w, k0, columns);
+    for (size_t i = 0; i < m * columns; ++i) expected.Set(i, sums[i]);
     kernels_.product_transposed(g.at(0), m, n, w.at(0), k0, columns, out.floats(),
                                 PoisonedScratch());
     Check(out == expected, storage_, "product_transposed m=%zu n=%zu k0=%zu columns=%zu", m, n, k0,
           columns);
     if (m <= Scratch::kDepthRows) return;
-    const Factors f = MakeFactors(m, r, columns);
+    Block t = FloatIntegers(m * r), a = Integers((k0 + columns) * r);
+    const std::vector<double> more = TimesTransposed(t, m, r, a, k0, columns);
     const size_t row = columns + m % 3;
     Block dx = Blank(Extent(m, row, columns)), whole = dx.Copy();
     for (size_t i = 0; i < m; ++i) {
       for (size_t j = 0; j < columns; ++j) {
-        whole.Set(i * row + j, sums[i * columns + j] + f.sums[i * columns + j]);
+        whole.Set(i * row + j, sums[i * columns + j] + more[i * columns + j]);
       }
     }
-    kernels_.layer_transposed(g.at(0), m, n, w.at(0), k0, columns, f.low_rank, dx.at(0), row,
-                              PoisonedScratch());
+    kernels_.layer_transposed(g.at(0), m, n, w.at(0), k0, columns, t.floats(), r, a.at(0), dx.at(0),
+                              row, PoisonedScratch());
     Check(dx == whole, storage_, "layer_transposed m=%zu n=%zu k0=%zu columns=%zu r=%zu", m, n, k0,
           columns, r);
   }

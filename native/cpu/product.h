@@ -57,16 +57,20 @@ class ProductBlocks {
     int64_t product, m0, rows, j0, columns;
   };
 
-  // `x` is what W multiplies, m rows of it for each element.
+  // `x` is what W multiplies, m rows of it for each element. `one_factor`: the low-rank part has
+  // the same factor for all elements, so that those whose rows follow each other count as one.
   ProductBlocks(const Batch& batch, const Batched<const void>& x, const Batched<const void>& kernel,
-                int64_t m, int64_t columns, int64_t most_columns, int64_t threads)
+                int64_t m, int64_t columns, int64_t most_columns, int64_t threads,
+                bool one_factor = false)
       : m_(m),
         columns_(columns),
         shared_(kernel.count == 1 && (x.count == batch.count || x.count == 1)),
         sharing_(shared_ && x.count == 1 ? batch.count : 1),
         products_(shared_ ? 1 : batch.count),
         rows_(shared_ ? x.count * m : m),
-        tiling_(rows_, columns, products_, most_columns, threads) {}
+        tiling_(rows_, columns, products_, most_columns, threads) {
+    if (one_factor && sharing_ == 1) m_ = rows_;
+  }
 
   bool shared() const { return shared_; }
   int64_t products() const { return products_; }
