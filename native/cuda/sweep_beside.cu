@@ -322,6 +322,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   LaunchDependents();
   cute::cluster_wait();  // all blocks' barriers are ready
 
+  // dB's sums alone are 128 registers of a thread, of 128 that each has as they start.
   if (group == 0) {
     cutlass::arch::warpgroup_reg_dealloc<72>();
     if (threadIdx.x == 0) {
