@@ -233,7 +233,7 @@ def test_gradients_of_factors_from_the_t_of_a_call(implementation, rows, monkeyp
 
 @pytest.mark.parametrize("rank", [8, 16])
 def test_gradient_of_b_in_the_sweep_for_t(implementation, rank):
-    """On CUDA, beside a product of dx that lasts as long; this is the smallest."""
+    """On CUDA, beside a product of dx that lasts as long: of so many rows the smallest."""
     operands = oracle.operands((2, 150), 64, 2832, rank, "bfloat16")
     check_everything(operands, 0.75, implementation, "bfloat16")
 

@@ -3,6 +3,7 @@
 #ifndef JAX_FUSED_LORA_NATIVE_CUDA_BESIDE_CUH_
 #define JAX_FUSED_LORA_NATIVE_CUDA_BESIDE_CUH_
 
+#include "cutlass/cutlass.h"
 #include "native/cuda/device.cuh"
 #include "native/cuda/shrink_expand.cuh"
 
