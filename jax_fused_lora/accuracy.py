@@ -52,7 +52,11 @@ def operands(
         shapes["kernel"] = (k, n)
     if bias:
         shapes["bias"] = (n,)
-    return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in shapes.items()}
+    # jnp.asarray would compile a program for every shape.
+    return {
+        name: jax.device_put(rng.normal(size=shape).astype(jnp.dtype(dtype)))
+        for name, shape in shapes.items()
+    }
 
 
 def truth(given: Mapping[str, Any], g: Any, scaling: float) -> dict[str, Expected]:
@@ -66,27 +70,35 @@ def truth(given: Mapping[str, Any], g: Any, scaling: float) -> dict[str, Expecte
 
     def both(transform: Callable[[Any], Any]) -> dict[str, np.ndarray]:
         with jax.enable_x64(True):
-            values = {name: transform(np.asarray(v, np.float64)) for name, v in given.items()}
-            s = transform(np.float64(scaling))
-
-            def forward(values: Operands, s: jax.Array) -> jax.Array:
-                return reference.forward(
-                    values["x"],
-                    values["lora_a"],
-                    values["lora_b"],
-                    values.get("kernel"),
-                    values.get("bias"),
-                    scaling=s,
-                )[0]
-
-            y, vjp = jax.vjp(forward, jax.tree.map(jnp.asarray, values), jnp.asarray(s))
-            grads, d_scaling = vjp(jnp.asarray(transform(np.asarray(g, np.float64))))
-            assert y.dtype == jnp.float64
-            everything = {"y": y, **grads, "scaling": d_scaling}
+            values, cotangent, s = jax.tree.map(
+                lambda value: transform(np.asarray(value, np.float64)),
+                (dict(given), g, scaling),
+            )
+            everything = _everything(values, cotangent, s)
+            assert everything["y"].dtype == jnp.float64
             return {name: np.asarray(value) for name, value in everything.items()}
 
     exact, bound = both(lambda v: v), both(np.abs)
     return {name: (exact[name], bound[name]) for name in exact}
+
+
+@jax.jit  # as one program: the same operations one by one are as many programs for every shape
+def _everything(given: Operands, g: jax.Array, scaling: jax.Array) -> Operands:
+    """`truth` of operands as they are, in their own dtype."""
+
+    def forward(given: Operands, scaling: jax.Array) -> jax.Array:
+        return reference.forward(
+            given["x"],
+            given["lora_a"],
+            given["lora_b"],
+            given.get("kernel"),
+            given.get("bias"),
+            scaling=scaling,
+        )[0]
+
+    y, vjp = jax.vjp(forward, given, scaling)
+    grads, d_scaling = vjp(g)
+    return {"y": y, **grads, "scaling": d_scaling}
 
 
 class Verdict(NamedTuple):
