@@ -158,6 +158,12 @@ _CUDA_HIGH_RANK_ROWS, _CUDA_HIGH_RANK_WIDTH = 128, 2048
 # 1.14 and 1.03, 8192 rows 1.07 and 0.97; rank 256, 1.22 and 0.99, 1.25 and 1.06, 1.27 and 1.07.
 # 1024→1024, rank 16: 1024 rows 0.97 and 1.17.
 _CUDA_GRADIENT_WORK = 1 << 27
+# The same in float16, where XLA scales each column of t and h first, up to 64 ranks and of more:
+# 4096→4096, rank 64, 512 rows 0.98 and 1.17, 2048 rows 0.93 and 0.91, 8192 rows 0.91 and 0.85; 4096
+# rows of 1024→1024 1.22 and 1.40. Rank 128: 128 rows 1.13 and 1.30, 512 rows 1.42 and 1.18, 2048
+# rows 1.18 and 1.07, 8192 rows 1.10 and 0.99, 1024→1024, 512 rows 1.39 and 1.44, 2048 rows 1.76 and
+# 1.58.
+_CUDA_SCALED_GRADIENT_WORK = 1 << 32, 1 << 29
 # But up to so many ranks and columns of g, under a product of dx so wide that it lasts as long, dB
 # is summed in the sweep for t and costs little. XLA's and swept, one after the other: 8192 rows of
 # 4096→4096 0.87 and 0.86, 0.83 and 0.84, 2048 rows 0.87 and 0.86, 0.84 and 0.85, 1024 rows 0.91 and
@@ -244,12 +250,14 @@ def _high_rank(problem: Problem) -> bool:
 
 
 def _leaves_gradients(problem: Problem) -> bool:
-    """Whether dA and dB are better XLA's, which splits t and h for bfloat16 alone."""
-    work = problem.rows * problem.rank * (problem.k + problem.n)
-    split = problem.dtype == "bfloat16" and not problem.wide_b
-    narrow = problem.rank <= _CUDA_SWEPT_RANK and problem.n <= _CUDA_SWEPT_COLUMNS
+    """Whether dA and dB are better XLA's, which splits t and h for 16 bits."""
+    rank, work = problem.rank, problem.rows * problem.rank * (problem.k + problem.n)
+    scaled = _CUDA_SCALED_GRADIENT_WORK[rank > _CUDA_FEW_RANK]
+    large = work >= (scaled if problem.dtype == "float16" else _CUDA_GRADIENT_WORK)
+    narrow = rank <= _CUDA_SWEPT_RANK and problem.n <= _CUDA_SWEPT_COLUMNS
     swept = narrow and problem.k >= _CUDA_SWEPT_WIDTH
-    return split and not swept and work >= _CUDA_GRADIENT_WORK
+    split = problem.dtype != "float32" and not problem.wide_b
+    return split and large and not swept
 
 
 def _many_rows(problem: Problem, columns: int) -> bool:

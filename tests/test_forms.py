@@ -104,8 +104,11 @@ def test_high_ranks(problem, forward, backward):
         (layer(8192, n=8192), "dx"),
         (layer(8192, k=2048, n=2048), "dx"),
         (layer(8192, rank=24, dtype="float16"), "kernel"),
+        (layer(8192, rank=64, dtype="float16"), "dx"),
+        (layer(512, rank=64, dtype="float16"), "kernel"),
+        (layer(512, rank=128, dtype="float16"), "dx"),
+        (layer(128, rank=128, dtype="float16"), "kernel"),
     ],
-    ids=["swept", "more ranks", "g is wide", "dx is narrow", "float16"],
 )
 def test_large_gradients_of_factors_are_left_to_xla_but_for_a_swept_one(problem, backward):
     assert both(problem, product=True) == ("kernel", backward)

@@ -216,19 +216,46 @@ def test_a_split_h_may_be_infinite(rows):
     assert (y == jnp.inf).all()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("rows", [(3,), (2, 20), (300,)], ids=str)
-def test_gradients_of_factors_from_the_t_of_a_call(implementation, rows, monkeypatch):
+def test_gradients_of_factors_from_the_t_of_a_call(implementation, rows, dtype, monkeypatch):
     """On CUDA those of many rows are XLA's; here those of few are, too."""
     monkeypatch.setattr(forms, "_CUDA_GRADIENT_WORK", 0)
-    operands = oracle.operands(rows, 64, 136, 24, "bfloat16")
-    check_everything(operands, 0.75, implementation, "bfloat16")
-    g = oracle.operands(rows, 136, 1, 1, "bfloat16", seed=1)["x"]
+    monkeypatch.setattr(forms, "_CUDA_SCALED_GRADIENT_WORK", (0, 0))
+    operands = oracle.operands(rows, 64, 136, 24, dtype)
+    check_everything(operands, 0.75, implementation, dtype)
+    g = oracle.operands(rows, 136, 1, 1, dtype, seed=1)["x"]
     expected = oracle.truth(operands, g, 0.75)
     adapters = {name: operands.pop(name) for name in ("lora_a", "lora_b")}
     run = lambda a: apply({**operands, **a}, 0.75, implementation)  # noqa: E731
     without_x = jax.jit(lambda a, g: jax.vjp(run, a)[1](g)[0])(adapters, g)
     for name, grad in without_x.items():
-        oracle.check(f"gradient of {name} alone", grad, expected[name], "bfloat16")
+        oracle.check(f"gradient of {name} alone", grad, expected[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_split_t_of_any_size(rows, dtype):
+    """t is float32: neither its sizes nor how far they are apart need fit a 16-bit type."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(rows, 20)), dtype)
+    sizes = 10.0 ** np.array([-32, -25, -20, -8, 0, 5, 20, 34])
+    t = (rng.normal(size=(rows, 8)) * sizes * 10.0 ** -rng.integers(0, 5, (rows, 8))).astype("f4")
+    wide = np.asarray(x, np.float64)
+    exact, bound = wide.T @ t, np.abs(wide).T @ np.abs(t)
+    da = reference.gradient_of_a(x, jnp.asarray(t), jnp.float32, split=True)
+    db = reference.gradient_of_b(x, jnp.asarray(t), jnp.float32, scaling=1.0, split=True)
+    oracle.check("dA", da, (exact, bound), "float32")
+    oracle.check("dB", db, (exact.T, bound.T), "float32")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("special", [np.inf, np.nan])
+def test_what_is_not_finite_in_a_split_t_stays_in_its_column(special, dtype):
+    x, t = jnp.ones((40, 3), dtype), jnp.ones((40, 8)).at[7, 2].set(special)
+    da = np.asarray(reference.gradient_of_a(x, t, jnp.float32, split=True))
+    np.testing.assert_array_equal(da[:, 2], special)
+    assert (np.delete(da, 2, 1) == 40).all()
 
 
 @pytest.mark.parametrize("rank", [8, 16])
