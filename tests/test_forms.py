@@ -109,6 +109,17 @@ def test_high_ranks(problem, forward, backward):
         (layer(512, rank=128, dtype="float16"), "dx"),
         (layer(128, rank=128, dtype="float16"), "kernel"),
     ],
+    ids=[
+        "swept",
+        "more ranks",
+        "g is wide",
+        "dx is narrow",
+        "float16, few ranks",
+        "float16, many rows",
+        "float16, rows too few",
+        "float16, rank is high",
+        "float16, rank is high, rows too few",
+    ],
 )
 def test_large_gradients_of_factors_are_left_to_xla_but_for_a_swept_one(problem, backward):
     assert both(problem, product=True) == ("kernel", backward)
