@@ -55,9 +55,12 @@ class Backward {
   }
 
   void Run(ffi::ThreadPool& pool) const {
-    double work = SweepWork(c_.batch.count, c_.k + c_.n, c_.r, c_.m) * 2;
+    // Factors and their gradients are memory's time, as W is.
+    double work = SweepWork(c_.batch.count, c_.k + c_.n, c_.r, std::max<int64_t>(c_.m, 8)) * 2;
     if (product_) {
       work += Work(blocks_->products(), c_.k * c_.n, std::max<int64_t>(blocks_->rows(), 8));
+    } else if (work < kSweepWorthAThread) {
+      work = 0;
     }
     const int64_t dx_units = product_ ? blocks_->count() : 0;
     const int64_t da_units = c_.da ? c_.batch.count * da_ranges_ : 0;
@@ -78,6 +81,13 @@ class Backward {
   }
 
  private:
+  // An even number, if a second thread is worth it (float32, 2048→2048, rank 64, forward and
+  // backward, Sapphire Rapids: 16 rows 497 → 440 µs, 33 rows 730 → 634).
+  int64_t SweepRanges() const {
+    const int64_t ranges = Blocks(c_.m, kBackwardRows);
+    return ranges + (SweepWork(1, c_.k + c_.n, c_.r, c_.m) >= kSweepWorthAThread ? ranges % 2 : 0);
+  }
+
   // A range of rows makes one sweep over its g and x. A slice of rows sums its own dA and dB, so
   // that the result does not depend on which thread ran when.
   void Sweep(int64_t unit) const {
@@ -227,7 +237,7 @@ class Backward {
   const bool sliced_ = c_.slices > 1;  // else whoever has columns of dA or dB sums all rows
   const int64_t first_in_db_ = c_.b_dtype == ffi::DataType::F32;  // of the slices, 0 or 1
 
-  const int64_t sweep_ranges_ = sliced_ ? c_.slices : Blocks(c_.m, kBackwardRows);
+  const int64_t sweep_ranges_ = sliced_ ? c_.slices : SweepRanges();
   const int64_t da_columns_ = SumColumns(c_.k), da_ranges_ = Blocks(c_.k, da_columns_);
   const int64_t db_columns_ = SumColumns(c_.n), db_ranges_ = Blocks(c_.n, db_columns_);
 

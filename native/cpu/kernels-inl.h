@@ -146,31 +146,48 @@ void ShrinkFew(const void* x_, size_t m, size_t k, const void* a_, size_t r, flo
   }
 }
 
-template <size_t kRows, size_t kVecs, class T>
+template <size_t kRows, size_t kVecs, bool kAsk, class T>
 void ShrinkVectors(const T* x, size_t m, size_t k, const T* a, size_t r, float* h,
                    Scratch* scratch) {
+  using Soon = Ahead<1>;
+  constexpr size_t kWidth = kVecs * kLanes, kSoon = 32;  // columns, rows
+  constexpr size_t kLines = (kWidth * sizeof(T) + Soon::kLine - 1) / Soon::kLine;
   for (size_t i = 0; i < m; i += kRows) {
     const size_t rows = std::min(kRows, m - i);
     const Rows<float> to = {h + i * r, r};
     for (size_t p = 0; p < k; p += kDepth) {
       const size_t depth = std::min(kDepth, k - p);
       const Rows<const float> xf = Widened(x + i * k + p, k, rows, depth, scratch->rows);
-      Nn<T, float, kRows, kVecs>(rows, r, depth, {xf.data, xf.row, 1},
-                                 Panels<const T>::RowMajor(a + p * r, r, kPanel), 1.0f,
-                                 {p == 0 ? nullptr : to.data, r}, to);
+      const auto multiply = [&](size_t s, size_t ranks, auto ahead) HWY_ATTR {
+        Nn<T, float, kRows, kVecs>(rows, ranks, depth, {xf.data, xf.row, 1},
+                                   Panels<const T>::RowMajor(a + p * r + s, r, kPanel), 1.0f,
+                                   {p == 0 ? nullptr : to.data + s, r}, {to.data + s, r}, nullptr,
+                                   ahead);
+      };
+      if (!kAsk || i > 0) {
+        multiply(0, r, NothingAhead());
+        continue;
+      }
+      for (size_t s = 0; s < r; s += kWidth) {
+        multiply(s, kWidth, Soon(a + (p + kSoon) * r + s, r, kWidth, kLines));
+      }
     }
   }
 }
 
 // Where a row of A is whole vectors, lanes lie along the rank: A is read as it lies, and no lanes
 // are to be summed (float32, rank 16: 36×2048, Zen 3, 63 → 90 GFLOP/s, of 96; 512×2048, Zen 4, 97
-// to 100 → 117).
+// to 100 → 117). Wide rows are asked for well ahead, since the prefetchers come too late for a tile
+// of few rows: 8 rows of 1024, rank 64, Sapphire Rapids, one thread, not asked for, 8, 16 and 32
+// rows ahead 30, 22, 17 and 15 µs. (On AMD's cores, where W's few rows lost by it, it was not
+// measured.)
 template <class T>
 void ShrinkPanels(const void* x, size_t m, size_t k, const void* a, size_t r, float* h,
                   Scratch* scratch) {
   if (k == 0) std::fill_n(h, m * r, 0.0f);
-  const auto shrink = r % kPanel == 0 ? &ShrinkVectors<kNnRows, kNnVecs, T>
-                                      : &ShrinkVectors<kFewNnRows, kFewNnVecs, T>;
+  const auto shrink = r % kPanel != 0 ? &ShrinkVectors<kFewNnRows, kFewNnVecs, false, T>
+                      : IsAmd()       ? &ShrinkVectors<kNnRows, kNnVecs, false, T>
+                                      : &ShrinkVectors<kNnRows, kNnVecs, true, T>;
   shrink(static_cast<const T*>(x), m, k, static_cast<const T*>(a), r, h, scratch);
 }
 
@@ -398,15 +415,61 @@ inline void Begin(const float* init, const float* bias, size_t n, float* to) {
   for (; j < n; ++j) to[j] = init[j] + bias[j];
 }
 
+// out (m, columns) = [out +] scale · x (m, k) · w for few rows, where packing w would take as long
+// as multiplying: strips of w as they lie, `deep` lines at a time, which were asked for one such
+// block before, so that reading and multiplying take their time together. (The product alone on two
+// threads, float32, packed and so, Zen 5 and Sapphire Rapids: 16×1024→1024 190 → 124 µs and 240 →
+// 157, 16×2048→2048 740 → 475 and 953 → 622.)
+template <class T, size_t kRows, size_t kVecs>
+void InPlaceProduct(size_t deep, const T* x, size_t x_row, size_t m, size_t k, Rows<const T> w,
+                    size_t columns, float scale, bool add, Rows<float> out, Scratch* scratch) {
+  constexpr size_t kRow = Scratch::kPanelRow, kDepth = 128;
+  using Next = Ahead<4>;
+  const auto blocks = [](size_t size, size_t of) { return (size + of - 1) / of; };
+  const size_t tiles = blocks(columns, kVecs * kLanes) * blocks(m, kRows);
+  const size_t w_lines = blocks(columns * sizeof(T), Next::kLine);
+  const size_t lines = blocks(Next::kSteps * w_lines, std::max<size_t>(tiles, 1));
+  for (size_t i = 0; k == 0 && !add && i < m; ++i) {
+    std::fill_n(out.data + i * out.row, columns, 0.0f);
+  }
+  for (size_t p0 = 0; p0 < k; p0 += kDepth) {
+    const size_t end = std::min(p0 + kDepth, k);
+    for (size_t i = 0; i < m; ++i) ToFloat(x + i * x_row + p0, end - p0, scratch->rows + i * kRow);
+    for (size_t p = p0; p < end; p += deep) {
+      const size_t depth = std::min(deep, end - p);
+      const bool more = p + depth < k;
+      const Next ahead(w.data + (more ? p + depth : p) * w.row, w.row, columns, more * lines);
+      Nn<T, float, kRows, kVecs>(m, columns, depth, {scratch->rows + p - p0, kRow, 1},
+                                 Panels<const T>::RowMajor(w.data + p * w.row, w.row, kPanel),
+                                 scale, {p > 0 || add ? out.data : nullptr, out.row}, out, nullptr,
+                                 ahead);
+    }
+  }
+}
+
+// The same for up to kInPlaceRows.
+template <class T>
+void MultiplyInPlace(const T* x, size_t x_row, size_t m, size_t k, Rows<const T> w, size_t columns,
+                     float scale, bool add, Rows<float> out, Scratch* scratch) {
+  if (m <= Scratch::kStreamed) {
+    const size_t deep = IsAmd() ? 8 : 16;
+    InPlaceProduct<T, kFewNnRows, kFewNnVecs>(deep, x, x_row, m, k, w, columns, scale, add, out,
+                                              scratch);
+  } else {
+    InPlaceProduct<T, kNnRows, kNnVecs>(/*deep=*/32, x, x_row, m, k, w, columns, scale, add, out,
+                                        scratch);
+  }
+}
+
 // Like x·W of few rows: b streams past (1×1024, rank 8, Zen 3: shrink and expand 1.8 → 1.2 µs).
 template <class T>
 void ExpandFew(const float* h, size_t m, size_t r, const float* b, size_t b_row, size_t n,
                float scale, const float* init, size_t init_row, const float* bias, void* y_,
                size_t y_row, Scratch* scratch) {
   T* y = static_cast<T*>(y_);
-  constexpr size_t kColumns = Scratch::kPanelDepth * Scratch::kPanel / Scratch::kFew;
-  for (size_t j = 0; j < n; j += kColumns) {
-    const size_t columns = std::min(kColumns, n - j);
+  const size_t most = Scratch::kPanelDepth * Scratch::kPanel / std::max(m, Scratch::kFew);
+  for (size_t j = 0; j < n; j += most) {
+    const size_t columns = std::min(most, n - j);
     Rows<float> out = {scratch->panel, columns};
     if constexpr (std::is_same<T, float>::value) out = {y + j, y_row};
     bool begun = init != nullptr || bias != nullptr;
@@ -419,50 +482,25 @@ void ExpandFew(const float* h, size_t m, size_t r, const float* b, size_t b_row,
         std::fill_n(row, columns, 0.0f);
       }
     }
-    for (size_t p = 0; p < r; p += kDepth) {
-      const size_t depth = std::min(kDepth, r - p);
-      for (size_t i = 0; i < m; ++i) {
-        for (size_t q = 0; q < depth; ++q) {
-          scratch->rows[i * depth + q] = scale * h[i * r + p + q];
+    if (m > Scratch::kFew) {
+      MultiplyInPlace<float>(h, r, m, r, {b + j, b_row}, columns, scale, begun, out, scratch);
+    } else {
+      for (size_t p = 0; p < r; p += kDepth) {
+        const size_t depth = std::min(kDepth, r - p);
+        for (size_t i = 0; i < m; ++i) {
+          for (size_t q = 0; q < depth; ++q) {
+            scratch->rows[i * depth + q] = scale * h[i * r + p + q];
+          }
         }
+        StreamRows<4, false, float>(m, depth, {scratch->rows, depth}, {b + p * b_row + j, b_row},
+                                    columns, begun, out);
+        begun = true;
       }
-      StreamRows<4, false, float>(m, depth, {scratch->rows, depth}, {b + p * b_row + j, b_row},
-                                  columns, begun, out);
-      begun = true;
     }
     if constexpr (!std::is_same<T, float>::value) {
       for (size_t i = 0; i < m; ++i) {
         Sum<T>(out.data + i * out.row, nullptr, 0, 0, 0, columns, y + i * y_row + j);
       }
-    }
-  }
-}
-
-// out (m, columns) = x (m, k) · w for few rows, where packing w would take as long as multiplying:
-// strips of w as they lie, `deep` lines at a time, which were asked for one such block before, so
-// that reading and multiplying take their time together. (The product alone on two threads,
-// float32, packed and so, Zen 5 and Sapphire Rapids: 16×1024→1024 190 → 124 µs and 240 → 157,
-// 16×2048→2048 740 → 475 and 953 → 622.)
-template <class T, size_t kRows, size_t kVecs>
-void InPlaceProduct(size_t deep, const T* x, size_t x_row, size_t m, size_t k, Rows<const T> w,
-                    size_t columns, Rows<float> out, Scratch* scratch) {
-  constexpr size_t kRow = Scratch::kPanelRow, kDepth = 128;
-  using Next = Ahead<4>;
-  const auto blocks = [](size_t size, size_t of) { return (size + of - 1) / of; };
-  const size_t tiles = blocks(columns, kVecs * kLanes) * blocks(m, kRows);
-  const size_t w_lines = blocks(columns * sizeof(T), Next::kLine);
-  const size_t lines = blocks(Next::kSteps * w_lines, std::max<size_t>(tiles, 1));
-  for (size_t i = 0; k == 0 && i < m; ++i) std::fill_n(out.data + i * out.row, columns, 0.0f);
-  for (size_t p0 = 0; p0 < k; p0 += kDepth) {
-    const size_t end = std::min(p0 + kDepth, k);
-    for (size_t i = 0; i < m; ++i) ToFloat(x + i * x_row + p0, end - p0, scratch->rows + i * kRow);
-    for (size_t p = p0; p < end; p += deep) {
-      const size_t depth = std::min(deep, end - p);
-      const bool more = p + depth < k;
-      const Next ahead(w.data + (more ? p + depth : p) * w.row, w.row, columns, more * lines);
-      Nn<T, float, kRows, kVecs>(m, columns, depth, {scratch->rows + p - p0, kRow, 1},
-                                 Panels<const T>::RowMajor(w.data + p * w.row, w.row, kPanel), 1.0f,
-                                 {p == 0 ? nullptr : out.data, out.row}, out, nullptr, ahead);
     }
   }
 }
@@ -478,9 +516,8 @@ void StreamFew(const void* x_, size_t m, size_t k, size_t k0, size_t k1, const v
   const T* x = static_cast<const T*>(x_);
   const T* w = static_cast<const T*>(w_) + j0;
   if (m > Scratch::kFew) {
-    const size_t deep = IsAmd() ? 8 : 16;
-    return InPlaceProduct<T, kFewNnRows, kFewNnVecs>(deep, x + k0, k, m, k1 - k0, {w + k0 * n, n},
-                                                     columns, {out, out_row}, scratch);
+    return MultiplyInPlace<T>(x + k0, k, m, k1 - k0, {w + k0 * n, n}, columns, 1.0f, false,
+                              {out, out_row}, scratch);
   }
   for (size_t i = 0; k0 == k1 && i < m; ++i) std::fill_n(out + i * out_row, columns, 0.0f);
   const auto stream = !IsAmd() ? StreamRows<16, true, T>
@@ -619,8 +656,8 @@ void Product(const void* x_, size_t m, size_t k, const void* w_, size_t n, size_
     return PackedProduct<T, float>(x, m, k, Packing<T>(w_, n, j0), columns, MoreDepth<>(), nullptr,
                                    {out, columns}, scratch);
   }
-  InPlaceProduct<T, kNnRows, kNnVecs>(/*deep=*/32, x, k, m, k, {static_cast<const T*>(w_) + j0, n},
-                                      columns, {out, columns}, scratch);
+  MultiplyInPlace<T>(x, k, m, k, {static_cast<const T*>(w_) + j0, n}, columns, 1.0f, false,
+                     {out, columns}, scratch);
 }
 
 template <class T>
@@ -726,6 +763,7 @@ constexpr Kernels Table() {
   return {kPanel,
           kRankPanel,
           kProductColumns,
+          kInPlaceRows,
           &ShrinkFew<T>,
           &ShrinkPanels<T>,
           &Transpose<T>,

@@ -12,7 +12,7 @@ namespace jax_fused_lora {
 
 // One thread's working memory. Sized so that what a pass takes of it stays in a second-level cache.
 struct alignas(64) Scratch {
-  static constexpr size_t kFew = 4;         // rows of a layer up to which B is read as it lies
+  static constexpr size_t kFew = 4;         // rows up to which a matrix is read row after row
   static constexpr size_t kStreamed = 8;    // and up to which slices of W are read from end to end
   static constexpr size_t kDepth = 512;     // elements of a row taken at a time
   static constexpr size_t kDepthRows = 64;  // and rows, at most
@@ -60,9 +60,10 @@ struct LowRank {
 };
 
 struct Kernels {
-  size_t panel;    // columns of a panel of B; divides 64
-  size_t ranks;    // of a panel of A
-  size_t columns;  // of a block of a product, at most
+  size_t panel;     // columns of a panel of B; divides 64
+  size_t ranks;     // of a panel of A
+  size_t columns;   // of a block of a product, at most
+  size_t in_place;  // rows up to which a matrix is better multiplied as it lies than packed
 
   // h (m, r) = x (m, k) · a (k, r), for few rows: a is read as it lies.
   void (*shrink_few)(const void* x, size_t m, size_t k, const void* a, size_t r, float* h,
@@ -87,7 +88,7 @@ struct Kernels {
   void (*expand)(const float* h, size_t m, size_t r, Panels<const float> b, size_t n, float scale,
                  const float* init, size_t init_row, const float* bias, void* y, size_t y_row);
 
-  // The same for m ≤ kFew and a row-major b.
+  // The same for m ≤ in_place and a row-major b.
   void (*expand_few)(const float* h, size_t m, size_t r, const float* b, size_t b_row, size_t n,
                      float scale, const float* init, size_t init_row, const float* bias, void* y,
                      size_t y_row, Scratch* scratch);

@@ -334,7 +334,7 @@ class Suite {
   void Expand(size_t m, size_t r, size_t n) {
     EachLayout(r, n, [&](Panels<float> layout, size_t size) {
       Expand(m, r, n, layout, size, false);
-      if (layout.row == n && m <= Scratch::kFew) Expand(m, r, n, layout, size, true);
+      if (layout.row == n && m <= kernels_.in_place) Expand(m, r, n, layout, size, true);
     });
   }
 
