@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Usage: tests/cuda_compile.sh BIN BUILD
 #
-# Compiles the CUDA backend for an H100 and links it, so that it cannot rot where no GPU is. BIN is
-# the folder of a Python environment with tests/requirements.txt. Of the Hopper product, whose
+# Compiles the CUDA backend for an H100, links and loads it, so that it cannot rot where no GPU is.
+# BIN is the folder of a Python environment with tests/requirements.txt. Of the Hopper product, whose
 # dozen variants take minutes, two: W straight in float16 and transposed in bfloat16.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,6 +18,8 @@ nvcc=$(command -v nvcc || ls -d /usr/local/cuda*/bin/nvcc 2>/dev/null | tail -n 
   -DPython_EXECUTABLE="$bin/python" \
   -Dnanobind_DIR="$("$bin/python" -c 'import nanobind; print(nanobind.cmake_dir())')"
 "$bin/cmake" --build "$build"
+# What nobody defines shows only now: a module may leave Python's own symbols to be found.
+PYTHONPATH=$build/native/cuda "$bin/python" -c 'import _cuda'
 
 # The headers alone, out of the wheel: a build requirement of nobody else.
 "$bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$build" \

@@ -22,6 +22,15 @@ cudaError_t GemmSm90(const Gemm& /*gemm*/, const GemmShrink& /*shrink*/, cudaStr
   return cudaErrorNotSupported;
 }
 
+bool GemmSm90Sweeps(const Gemm& /*gemm*/, const GemmShrink& /*shrink*/, const GemmGrad& /*grad*/) {
+  return false;
+}
+
+cudaError_t GemmSm90(const Gemm& /*gemm*/, const GemmShrink& /*shrink*/, const GemmGrad& /*grad*/,
+                     cudaStream_t /*stream*/) {
+  return cudaErrorNotSupported;
+}
+
 bool FewSm90Serves(const Gemm& /*gemm*/, const GemmShrink& /*shrink*/) { return false; }
 
 cudaError_t FewSm90(const Gemm& /*gemm*/, const GemmShrink& /*shrink*/, cudaStream_t /*stream*/) {
