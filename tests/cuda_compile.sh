@@ -18,7 +18,7 @@ nvcc=$(command -v nvcc || ls -d /usr/local/cuda*/bin/nvcc 2>/dev/null | tail -n 
   -DPython_EXECUTABLE="$bin/python" \
   -Dnanobind_DIR="$("$bin/python" -c 'import nanobind; print(nanobind.cmake_dir())')"
 "$bin/cmake" --build "$build"
-# What nobody defines shows only now: a module may leave Python's own symbols to be found.
+# The linker lets a module's symbols be undefined, as Python's are; loading it does not.
 PYTHONPATH=$build/native/cuda "$bin/python" -c 'import _cuda'
 
 # The headers alone, out of the wheel: a build requirement of nobody else.
