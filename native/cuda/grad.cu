@@ -4,11 +4,12 @@
 //
 // A block has 128 columns of x (64 where there are more than 128 ranks), a slice of the rows, and
 // all ranks. Tiles of 64 or 32 rows of x and t come through a ring of shared memory filled by
-// cp.async: at rank 16 some 60 KB a block, two blocks on each multiprocessor, are always on their
-// way. A warp has 64 of the columns and 16 or 32 of the ranks; the warps that are left over share
-// the rows of a tile. The sums over warps, and in a second small kernel those over slices, are
-// added in one order. Device memory: x once; L2: t once for every 128 columns, the gradient in
-// float32 written and read once for each slice.
+// cp.async: at rank 16 some 60 KB a block are always on their way. A warp has 64 of the columns and
+// 16 or 32 of the ranks; the warps that are left over share the rows of a tile. The sums over
+// warps, and in a second small kernel those over slices, are added in one order. They stay as the
+// tensor cores have them until they are whole: each lane's four are 16 bytes in shared and in
+// device memory. Device memory: x once; L2: t once for every 128 columns, the gradient in float32
+// written and read once for each slice.
 //
 // A t rounded to 16 bits would miss the project's accuracy rule, so t is multiplied as the sum of
 // two, hi + lo. For a bfloat16 x, which lies in memory as the tensor cores read it, they are of
@@ -16,6 +17,11 @@
 // multiplied as TensorFloat32, of 11 bits: t, and x where it is float32, as hi + lo. (A float16 x
 // is exact as it is.) What is left out, lo·lo and the bits behind lo, is below 2^-20 of each
 // product.
+//
+// Tried, in chains on an H200: the slices as a cluster that adds its own sums (two: 512 rows, both
+// gradients, 7.7 µs, not 7.4; four or more do not all find room at once), t split once for all
+// warps, in its tile (8192 rows: 27.6, not 25.9), and this kernel as a programmatic dependent of
+// the one that computes t, inside JAX (512 rows and fewer no difference, 8192 rows 2 % slower).
 #include <algorithm>
 
 #include "native/cuda/device.cuh"
@@ -26,11 +32,13 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kWarpColumns = 64;
-constexpr int64_t kWantedBlocks = 264;  // two on each of an H100's multiprocessors
-constexpr int64_t kLeastRows = 128;     // of a slice
-constexpr int64_t kRowsTogether = 64;   // a slice has whole tiles
-constexpr int kMemory = 99 * 1024;      // of a block, on every GPU
+constexpr int64_t kLeastRows = 128;    // of a slice
+constexpr int64_t kRowsTogether = 64;  // a slice has whole tiles
+constexpr int kMemory = 99 * 1024;     // of a block, on every GPU
+constexpr int kMostStages = 4;
+
+// Rows of a tile that are copied, and zeros behind the last: as many as a step multiplies.
+__device__ inline int WholeSteps(int rows) { return (rows + 15) / 16 * 16; }
 
 // A way down the rows of a matrix in tiles of kRows rows of kChunks times 16 bytes. A row of a tile
 // is 16 bytes longer, for other banks.
@@ -55,18 +63,18 @@ struct Tiles {
 
   // The next tile, zeros behind rows_left.
   __device__ void Fetch(char* tile, int rows_left) {
-    const int first = threadIdx.x / kChunks;
+    const int first = threadIdx.x / kChunks, rows = min(WholeSteps(rows_left), kRows);
     char* const to = tile + first * kStride + threadIdx.x % kChunks * 16;
     if (vectors) {
 #pragma unroll
       for (int i = 0; i < kRows; i += kRowsApart) {
-        if (kRowsApart > kRows && first >= kRows) break;
+        if (first + i >= rows) break;
         const bool some = columns_left > 0 && first + i < rows_left;
         CopyAsync(to + i * kStride, some ? from + i * row_length : source, some);
       }
     } else {
 #pragma unroll 1
-      for (int i = 0; first + i < kRows; i += kRowsApart) {
+      for (int i = 0; first + i < rows; i += kRowsApart) {
         alignas(16) T elements[kChunk];
 #pragma unroll
         for (int j = 0; j < kChunk; ++j) {
@@ -80,24 +88,41 @@ struct Tiles {
   }
 };
 
-// How a block's warps lie over the ranks, the columns, and the rows of a tile.
+constexpr int ColumnsOf(int64_t rank) { return rank > 128 ? 64 : 128; }  // of a block
+constexpr int RoomForRanks(int64_t rank) {
+  return rank <= 16 ? 16 : rank <= 32 ? 32 : rank <= 64 ? 64 : rank <= 128 ? 128 : 256;
+}
+
+// How a block's warps lie over its columns and ranks, and what its memory is for.
 template <class E, int kRanks>
 struct Layout {
-  static constexpr int kBlocks = kRanks > 16 ? 4 : 2;  // of 8 ranks, of a warp
-  static constexpr int kWarpsRanks = kRanks / (kBlocks * 8);
-  static constexpr int kWarpsColumns = kWarpsRanks == kWarps ? 1 : 2;
-  static constexpr int kWarpsRows = kWarps / kWarpsRanks / kWarpsColumns;
-  static constexpr int kColumns = kWarpsColumns * kWarpColumns;
-  static constexpr int kRows = kWarpsRows == 4 && sizeof(E) == 2 ? 64 : 32;
-  static constexpr int kXChunks = kColumns / (16 / sizeof(E));
-  using X = Tiles<E, kRows, kXChunks>;
+  static constexpr bool kBfloat16 = std::is_same_v<E, __nv_bfloat16>;
+  static constexpr int kColumns = ColumnsOf(kRanks);
+  static constexpr int kM = 4, kJ = kRanks > 16 ? 4 : 2;  // of a warp, in 16 columns and 8 ranks
+  static constexpr int kWarpsRanks = kRanks / (kJ * 8), kWarpsColumns = kColumns / (kM * 16);
+  static constexpr int kPlaces = kWarpsRanks * kWarpsColumns, kShares = kWarps / kPlaces;
+  static constexpr int kQuads = kM * kJ, kBlockQuads = kPlaces * kQuads * 32;  // of sums
+  static constexpr int kStep = kBfloat16 ? 16 : 8;  // rows that are multiplied at once
+  static constexpr int kRows = sizeof(E) == 2 && kShares == 4 ? 64 : 32;
+  using X = Tiles<E, kRows, kColumns* static_cast<int>(sizeof(E)) / 16>;
   using T = Tiles<float, kRows, kRanks / 4>;
   static constexpr int kStage = X::kSize + T::kSize;
-  static constexpr int kStages = kMemory / kStage < 4 ? kMemory / kStage : 4;
-  static constexpr int kSumsStride = kRanks + 1, kShare = kColumns * kSumsStride;
-  static constexpr int kRing = kStages * kStage, kSums = kWarpsRows * kShare * 4;
-  static constexpr int kShared = kRing > kSums ? kRing : kSums;
+  static constexpr int kStages = kMemory / kStage < kMostStages ? kMemory / kStage : kMostStages;
+  static constexpr int kSums = kShares > 1 ? kShares * kBlockQuads * 16 : 0;
+  static constexpr int kShared = kStages * kStage > kSums ? kStages * kStage : kSums;
   static_assert(kStages >= 2 && kShared <= kMemory);
+
+  // What a lane reads of x at once, where it is not ldmatrix that reads.
+  static constexpr int kReadElements = 16 / sizeof(E);
+
+  __device__ static int Column(int place) { return place / kWarpsRanks * kM * 16; }
+  __device__ static int Rank(int place) { return place % kWarpsRanks * kJ * 8; }
+  // Which of a warp's columns is row g, or where `upper` row g + 8, of block m of xᵀ.
+  __device__ static int ColumnOf(int m, int upper, int g) {
+    if constexpr (kBfloat16) return m * 16 + upper * 8 + g;
+    const int i = m * 2 + upper;
+    return (i / kReadElements * 8 + g) * kReadElements + i % kReadElements;
+  }
 };
 
 constexpr int kMostGrads = 2;
@@ -110,51 +135,51 @@ struct GradPart {
   const float* t;
   bool t_vectors;
   float scaling;
-  float* slices;  // (slices, in, rank), or null where there is one slice: then straight to
+  float4* sums;  // (slices, blocks, quads of a block), or null where there is one slice: then to
   void* gradient;
   bool wide;  // the gradient, float32
   bool transposed;
-  unsigned blocks, finish_blocks;
+  unsigned blocks;
 };
 
 struct GradArguments {
   int64_t rows;
   int rank;
   int64_t slice_rows;
+  unsigned slices;
   GradPart parts[kMostGrads];
 };
 
-int64_t ColumnBlocks(int64_t in, int64_t rank) {
-  return CeilDiv(in, rank > 128 ? kWarpColumns : 2 * kWarpColumns);
+// Of the rows. One block on each of an H100's multiprocessors has fewer sums to add, two have more
+// on its way: up to 2048 rows of rank 16 one is faster (512 rows, both gradients: 7.4 µs on an
+// H200, two 7.9), of rank 64 two (8192 rows: 44 µs, one 51).
+int64_t Slices(int64_t rows, int64_t rank, int64_t column_blocks) {
+  const int64_t wanted = rank > 32 ? 264 : 132;
+  return std::max<int64_t>(
+      1, std::min(wanted / std::max<int64_t>(column_blocks, 1), rows / kLeastRows));
 }
 
-int Slices(int64_t rows, int64_t column_blocks) {
-  return static_cast<int>(std::max<int64_t>(
-      1, std::min(kWantedBlocks / std::max<int64_t>(column_blocks, 1), rows / kLeastRows)));
+using Quads = float[4];
+__device__ inline float4 Quad(const Quads& sums) {
+  return make_float4(sums[0], sums[1], sums[2], sums[3]);
 }
-
-// Which of a warp's columns is row g, or where `upper` row g + 8, of block m of xᵀ.
-template <class E>
-__device__ inline int ColumnOf(int m, int upper, int g) {
-  if constexpr (std::is_same_v<E, __nv_bfloat16>) return m * 16 + upper * 8 + g;
-  const int i = m * 2 + upper;  // of what a lane reads at once
-  return sizeof(E) == 2 ? g * 8 + i : i / 4 * 32 + g * 4 + i % 4;
+__device__ inline void Add(const float4& more, float4* sum) {
+  sum->x += more.x, sum->y += more.y, sum->z += more.z, sum->w += more.w;
 }
 
 // sums += xᵀ·t of 16 rows of a tile.
-template <int kBlocks>
-__device__ inline void MultiplyRows(float (&sums)[4][kBlocks][4], const __nv_bfloat16*,
-                                    const char* x_tile, int x_stride, const char* t_tile,
-                                    int t_stride, int lane) {
+template <class L>
+__device__ inline void MultiplyRows(Quads (&sums)[L::kM][L::kJ], const __nv_bfloat16*,
+                                    const char* x_tile, const char* t_tile, int lane) {
   const int g = lane / 4, t = lane % 4;
-  uint32_t hi[kBlocks][2], lo[kBlocks][2];
+  uint32_t hi[L::kJ][2], lo[L::kJ][2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float* const upper =
-        reinterpret_cast<const float*>(t_tile + (half * 8 + t * 2) * t_stride) + g;
-    const float* const lower = upper + t_stride / 4;
+        reinterpret_cast<const float*>(t_tile + (half * 8 + t * 2) * L::T::kStride) + g;
+    const float* const lower = upper + L::T::kStride / 4;
 #pragma unroll
-    for (int j = 0; j < kBlocks; ++j) {
+    for (int j = 0; j < L::kJ; ++j) {
       const float2 values = make_float2(upper[j * 8], lower[j * 8]);
       const __nv_bfloat162 top = __float22bfloat162_rn(values);
       const float2 back = __bfloat1622float2(top);
@@ -167,12 +192,12 @@ __device__ inline void MultiplyRows(float (&sums)[4][kBlocks][4], const __nv_bfl
     }
   }
 #pragma unroll
-  for (int m = 0; m < 4; ++m) {
+  for (int m = 0; m < L::kM; ++m) {
     uint32_t x[4];
     LoadBlocksTransposed(
-        x, x_tile + (lane / 16 * 8 + lane % 8) * x_stride + (m * 2 + lane / 8 % 2) * 16);
+        x, x_tile + (lane / 16 * 8 + lane % 8) * L::X::kStride + (m * 2 + lane / 8 % 2) * 16);
 #pragma unroll
-    for (int j = 0; j < kBlocks; ++j) {
+    for (int j = 0; j < L::kJ; ++j) {
       Multiply<__nv_bfloat16>(sums[m][j], x[0], x[1], x[2], x[3], lo[j][0], lo[j][1]);
       Multiply<__nv_bfloat16>(sums[m][j], x[0], x[1], x[2], x[3], hi[j][0], hi[j][1]);
     }
@@ -180,56 +205,93 @@ __device__ inline void MultiplyRows(float (&sums)[4][kBlocks][4], const __nv_bfl
 }
 
 // The same of 8 rows, of which 2t plays t and 2t + 1 plays t + 4.
-template <class E, int kBlocks>
-__device__ inline void MultiplyRows(float (&sums)[4][kBlocks][4], const E*, const char* x_tile,
-                                    int x_stride, const char* t_tile, int t_stride, int lane) {
+template <class L, class E>
+__device__ inline void MultiplyRows(Quads (&sums)[L::kM][L::kJ], const E*, const char* x_tile,
+                                    const char* t_tile, int lane) {
   const int g = lane / 4, t = lane % 4;
-  uint32_t hi[kBlocks][2], lo[kBlocks][2];
-  float x[2][8];
+  uint32_t hi[L::kJ][2], lo[L::kJ][2];
+  float x[2][L::kM * 2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = t * 2 + half;
-    const float* const of_t = reinterpret_cast<const float*>(t_tile + row * t_stride) + g;
+    const float* const of_t = reinterpret_cast<const float*>(t_tile + row * L::T::kStride) + g;
 #pragma unroll
-    for (int j = 0; j < kBlocks; ++j) SplitTf32(of_t[j * 8], &hi[j][half], &lo[j][half]);
-    const uint4* const of_x = reinterpret_cast<const uint4*>(x_tile + row * x_stride) + g;
-    alignas(16) E elements[8];
+    for (int j = 0; j < L::kJ; ++j) SplitTf32(of_t[j * 8], &hi[j][half], &lo[j][half]);
+    const uint4* const of_x = reinterpret_cast<const uint4*>(x_tile + row * L::X::kStride) + g;
+    alignas(16) E elements[L::kM * 2];
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(elements) / 16); ++i) {
+    for (int i = 0; i < L::kM * 2 / L::kReadElements; ++i) {
       reinterpret_cast<uint4*>(elements)[i] = of_x[i * 8];
     }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x[half][i] = ToFloat(elements[i]);
+    for (int i = 0; i < L::kM * 2; ++i) x[half][i] = ToFloat(elements[i]);
   }
 #pragma unroll
-  for (int m = 0; m < 4; ++m) {
+  for (int m = 0; m < L::kM; ++m) {
     uint32_t x_hi[4];
     if constexpr (sizeof(E) == 4) {
       uint32_t x_lo[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) SplitTf32(x[i / 2][m * 2 + i % 2], &x_hi[i], &x_lo[i]);
 #pragma unroll
-      for (int j = 0; j < kBlocks; ++j) MultiplyTf32(sums[m][j], x_lo, hi[j][0], hi[j][1]);
+      for (int j = 0; j < L::kJ; ++j) MultiplyTf32(sums[m][j], x_lo, hi[j][0], hi[j][1]);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) x_hi[i] = __float_as_uint(x[i / 2][m * 2 + i % 2]);
     }
 #pragma unroll
-    for (int j = 0; j < kBlocks; ++j) {
+    for (int j = 0; j < L::kJ; ++j) {
       MultiplyTf32(sums[m][j], x_hi, lo[j][0], lo[j][1]);
       MultiplyTf32(sums[m][j], x_hi, hi[j][0], hi[j][1]);
     }
   }
 }
 
-template <class E>
-__device__ inline void WriteGradient(const GradPart& p, int64_t ranks, int64_t column, int rank,
-                                     float sum) {
-  const int64_t at = p.transposed ? rank * p.in + column : column * ranks + rank;
-  if (p.wide) {
-    static_cast<float*>(p.gradient)[at] = p.scaling * sum;
+// Two neighbours of a row of a gradient, the second if it is there.
+template <class T>
+__device__ inline void WritePair(T* to, float first, float second, bool both, bool aligned) {
+  alignas(8) const T pair[2] = {Rounded<T>(first), Rounded<T>(second)};
+  if (both && aligned) {
+    using Both = std::conditional_t<sizeof(T) == 4, uint2, uint32_t>;
+    *reinterpret_cast<Both*>(to) = *reinterpret_cast<const Both*>(pair);
   } else {
-    static_cast<E*>(p.gradient)[at] = Rounded<E>(p.scaling * sum);
+    to[0] = pair[0];
+    if (both) to[1] = pair[1];
+  }
+}
+
+// Quad i of a block's sums, which are of two columns and two ranks.
+template <class L, class T>
+__device__ inline void WriteQuad(const GradPart& p, T* gradient, int ranks, unsigned block, int i,
+                                 const float4& sums) {
+  const int lane = i % 32, quad = i / 32 % L::kQuads, place = i / 32 / L::kQuads;
+  const int m = quad / L::kJ, j = quad % L::kJ;
+  const int rank = L::Rank(place) + j * 8 + lane % 4 * 2;
+  if (rank >= ranks) return;
+  const bool both = rank + 1 < ranks;
+#pragma unroll
+  for (int upper = 0; upper < 2; ++upper) {
+    const int64_t column = static_cast<int64_t>(block) * L::kColumns + L::Column(place) +
+                           L::ColumnOf(m, upper, lane / 4);
+    if (column >= p.in) continue;
+    const float first = p.scaling * (upper ? sums.z : sums.x);
+    const float second = p.scaling * (upper ? sums.w : sums.y);
+    if (p.transposed) {
+      gradient[rank * p.in + column] = Rounded<T>(first);
+      if (both) gradient[(rank + 1) * p.in + column] = Rounded<T>(second);
+    } else {
+      WritePair(gradient + column * ranks + rank, first, second, both, ranks % 2 == 0);
+    }
+  }
+}
+
+template <class L, class E>
+__device__ inline void WriteQuad(const GradPart& p, int ranks, unsigned block, int i,
+                                 const float4& sums) {
+  if (p.wide) {
+    WriteQuad<L>(p, static_cast<float*>(p.gradient), ranks, block, i, sums);
+  } else {
+    WriteQuad<L>(p, static_cast<E*>(p.gradient), ranks, block, i, sums);
   }
 }
 
@@ -238,117 +300,128 @@ template <class E, int kRanks>
 __global__ void __launch_bounds__(kThreads, sizeof(E) == 4 && kRanks > 16 ? 1 : 2)
     GradKernel(const __grid_constant__ GradArguments all) {
   using L = Layout<E, kRanks>;
-  constexpr int kStep = std::is_same_v<E, __nv_bfloat16> ? 16 : 8;
   extern __shared__ __align__(16) char memory[];
   LaunchDependents();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int own_rank = warp % L::kWarpsRanks * L::kBlocks * 8;
-  const int own_column = warp / L::kWarpsRanks % L::kWarpsColumns * kWarpColumns;
-  const int own_step = warp / (L::kWarpsRanks * L::kWarpsColumns);
+  const int place = warp % L::kPlaces, share = warp / L::kPlaces;
+  const unsigned slice = blockIdx.y;
   const bool second = blockIdx.x >= all.parts[0].blocks;
+  const unsigned block = blockIdx.x - (second ? all.parts[0].blocks : 0);
   const GradPart& p = all.parts[second];
-  const int64_t first =
-      static_cast<int64_t>(blockIdx.x - (second ? all.parts[0].blocks : 0)) * L::kColumns;
-  const int64_t begin = blockIdx.y * all.slice_rows, end = min(begin + all.slice_rows, all.rows);
+  // A last slice may have no rows.
+  const int64_t begin = min(slice * all.slice_rows, all.rows);
+  const int64_t end = min(begin + all.slice_rows, all.rows);
   const int steps = static_cast<int>((end - begin + L::kRows - 1) / L::kRows);
 
-  typename L::X x(static_cast<const E*>(p.x), p.x_vectors, begin, first, p.in);
+  typename L::X x(static_cast<const E*>(p.x), p.x_vectors, begin,
+                  static_cast<int64_t>(block) * L::kColumns, p.in);
   typename L::T t(p.t, p.t_vectors, begin, 0, all.rank);
-  int64_t rows_left = end - begin;
-  const auto fetch = [&](int stage) {
-    char* const tiles = memory + stage * L::kStage;
-    const int left = static_cast<int>(min(rows_left, int64_t{L::kRows}));
-    x.Fetch(tiles, left);
-    t.Fetch(tiles + L::X::kSize, left);
-    rows_left -= L::kRows;
+  const auto tiles_of = [&](int stage) { return memory + stage * L::kStage; };
+  const auto rows_of = [&](int step) {
+    return static_cast<int>(min(end - begin - int64_t{step} * L::kRows, int64_t{L::kRows}));
+  };
+  const auto fetch = [&](int step, int stage) {
+    x.Fetch(tiles_of(stage), rows_of(step));
+    t.Fetch(tiles_of(stage) + L::X::kSize, rows_of(step));
   };
 #pragma unroll 1
-  for (int stage = 0; stage < L::kStages - 1; ++stage) {
-    if (stage < steps) fetch(stage);
+  for (int step = 0; step < L::kStages - 1; ++step) {
+    if (step < steps) fetch(step, step);
     CommitCopies();
   }
-  float sums[4][L::kBlocks][4] = {};
+  Quads sums[L::kM][L::kJ] = {};
   int stage = 0;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
+    const char* const x_tile = tiles_of(stage);
+    const char* const t_tile = x_tile + L::X::kSize;
     WaitForCopies<L::kStages - 2>();
     __syncthreads();  // this step's tiles are whole, those of the step before are read
-    if (step + L::kStages - 1 < steps) fetch(stage == 0 ? L::kStages - 1 : stage - 1);
+    const int next = step + L::kStages - 1;
+    if (next < steps) fetch(next, stage == 0 ? L::kStages - 1 : stage - 1);
     CommitCopies();
-    const char* const x_tile = memory + stage * L::kStage;
-    const char* const t_tile = x_tile + L::X::kSize;
+    const int rows = rows_of(step);
 #pragma unroll
-    for (int i = 0; i < L::kRows; i += L::kWarpsRows * kStep) {
-      const int row = i + own_step * kStep;
-      MultiplyRows(sums, static_cast<const E*>(nullptr),
-                   x_tile + row * L::X::kStride + own_column * sizeof(E), L::X::kStride,
-                   t_tile + row * L::T::kStride + own_rank * 4, L::T::kStride, lane);
+    for (int i = 0; i < L::kRows; i += L::kShares * L::kStep) {
+      const int row = i + share * L::kStep;
+      if (row >= rows) break;
+      MultiplyRows<L>(sums, static_cast<const E*>(nullptr),
+                      x_tile + row * L::X::kStride + L::Column(place) * sizeof(E),
+                      t_tile + row * L::T::kStride + L::Rank(place) * 4, lane);
     }
     if (++stage == L::kStages) stage = 0;
   }
-  WaitForCopies<0>();
-  __syncthreads();  // the tiles are read
 
-  float* const shared = reinterpret_cast<float*>(memory);  // (warps over rows, columns, ranks)
+  const auto write = [&](int i, const float4& sum) {  // quad i of the block
+    if (p.sums == nullptr) {
+      WriteQuad<L, E>(p, all.rank, block, i, sum);
+    } else {
+      p.sums[(static_cast<int64_t>(slice) * p.blocks + block) * L::kBlockQuads + i] = sum;
+    }
+  };
+  const int own = place * L::kQuads * 32 + lane;
+  float4* const shared = reinterpret_cast<float4*>(memory);  // (shares, quads of the block)
+  if constexpr (L::kShares > 1) {
+    WaitForCopies<0>();
+    __syncthreads();  // the tiles are read
+  }
 #pragma unroll
-  for (int m = 0; m < 4; ++m) {
+  for (int m = 0; m < L::kM; ++m) {
 #pragma unroll
-    for (int j = 0; j < L::kBlocks; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int column = own_column + ColumnOf<E>(m, i / 2, lane / 4);
-        const int rank = own_rank + j * 8 + lane % 4 * 2 + i % 2;
-        shared[own_step * L::kShare + column * L::kSumsStride + rank] = sums[m][j][i];
+    for (int j = 0; j < L::kJ; ++j) {
+      const int i = own + (m * L::kJ + j) * 32;
+      if constexpr (L::kShares > 1) {
+        shared[share * L::kBlockQuads + i] = Quad(sums[m][j]);
+      } else {
+        write(i, Quad(sums[m][j]));
       }
     }
   }
-  __syncthreads();  // all sums are there
-#pragma unroll 2
-  for (int i = threadIdx.x; i < L::kColumns * kRanks; i += kThreads) {
-    // Neighbouring threads write neighbouring elements.
-    const bool along = p.transposed && p.slices == nullptr;
-    const int c = along ? i % L::kColumns : i / kRanks, rank = along ? i / L::kColumns : i % kRanks;
-    if (rank >= all.rank || first + c >= p.in) continue;
-    float sum = 0.0f;
+  if constexpr (L::kShares > 1) {
+    __syncthreads();  // all sums are there
+#pragma unroll 1
+    for (int i = threadIdx.x; i < L::kBlockQuads; i += kThreads) {
+      float4 sum = shared[i];
 #pragma unroll
-    for (int share = 0; share < L::kWarpsRows; ++share) {
-      sum += shared[share * L::kShare + c * L::kSumsStride + rank];
-    }
-    if (p.slices == nullptr) {
-      WriteGradient<E>(p, all.rank, first + c, rank, sum);
-    } else {
-      p.slices[(blockIdx.y * p.in + first + c) * all.rank + rank] = sum;
+      for (int other = 1; other < L::kShares; ++other) {
+        Add(shared[other * L::kBlockQuads + i], &sum);
+      }
+      write(i, sum);
     }
   }
 }
 
 // The sums over slices. Launched as a programmatic dependent of the kernel above.
-template <class E>
+template <class E, int kRanks>
 __global__ void __launch_bounds__(kThreads)
-    FinishKernel(const __grid_constant__ GradArguments all, int slices) {
+    FinishKernel(const __grid_constant__ GradArguments all) {
+  using L = Layout<E, kRanks>;
+  constexpr int kBlocks = L::kBlockQuads / kThreads;  // of this kernel, for one above
   WaitForKernelBefore();
-  const bool second = blockIdx.x >= all.parts[0].finish_blocks;
+  const bool second = blockIdx.x >= all.parts[0].blocks * kBlocks;
   const GradPart& p = all.parts[second];
-  const int64_t size = p.in * all.rank;
-  const unsigned block = blockIdx.x - (second ? all.parts[0].finish_blocks : 0);
-  const int64_t i = static_cast<int64_t>(block) * kThreads + threadIdx.x;
-  if (i >= size) return;
-  const int64_t column = p.transposed ? i % p.in : i / all.rank;
-  const int rank = static_cast<int>(p.transposed ? i / p.in : i % all.rank);
-  const float* from = p.slices + column * all.rank + rank;
-  float sum = 0.0f;
+  const unsigned own = blockIdx.x - (second ? all.parts[0].blocks * kBlocks : 0);
+  const int64_t size = static_cast<int64_t>(p.blocks) * L::kBlockQuads;
+  const float4* from = p.sums + static_cast<int64_t>(own) * kThreads + threadIdx.x;
+  float4 sum = *from;
 #pragma unroll 8
-  for (int slice = 0; slice < slices; ++slice, from += size) sum += *from;
-  WriteGradient<E>(p, all.rank, column, rank, sum);
+  for (unsigned slice = 1; slice < all.slices; ++slice) Add(*(from += size), &sum);
+  WriteQuad<L, E>(p, all.rank, own / kBlocks, own % kBlocks * kThreads + threadIdx.x, sum);
+}
+
+int64_t ColumnBlocks(int64_t in, int64_t rank) { return CeilDiv(in, ColumnsOf(rank)); }
+// Of one slice's sums of a gradient.
+int64_t SumsSize(int64_t blocks, int64_t rank) {
+  return blocks * ColumnsOf(rank) * RoomForRanks(rank);
 }
 
 }  // namespace
 
 int64_t GradWorkspace(int64_t rows, int64_t rank, std::initializer_list<int64_t> columns) {
-  int64_t blocks = 0, all = 0;
-  for (const int64_t in : columns) blocks += ColumnBlocks(in, rank), all += in;
-  const int64_t slices = Slices(rows, blocks);
-  return slices == 1 ? 0 : slices * all * rank;
+  int64_t blocks = 0;
+  for (const int64_t in : columns) blocks += ColumnBlocks(in, rank);
+  const int64_t slices = Slices(rows, rank, blocks);
+  return slices == 1 ? 0 : slices * SumsSize(blocks, rank);
 }
 
 cudaError_t LaunchGrads(cudaStream_t stream, Element element, int64_t rows, int64_t rank,
@@ -358,11 +431,11 @@ cudaError_t LaunchGrads(cudaStream_t stream, Element element, int64_t rows, int6
   GradArguments all = {};
   all.rows = rows;
   all.rank = static_cast<int>(rank);
-  int64_t blocks = 0, finish_blocks = 0;
+  int64_t blocks = 0;
   for (int i = 0; i < count; ++i) {
     const Grad& grad = grads[i];
     if (grad.element != element && grad.element != Element::kFloat32) return cudaErrorInvalidValue;
-    const int64_t own = ColumnBlocks(grad.in, rank), finish = CeilDiv(grad.in * rank, kThreads);
+    const int64_t own = ColumnBlocks(grad.in, rank);
     all.parts[i] = {grad.in,
                     grad.x,
                     Vectors(grad.x, grad.in, Width(element)),
@@ -373,34 +446,42 @@ cudaError_t LaunchGrads(cudaStream_t stream, Element element, int64_t rows, int6
                     grad.gradient,
                     grad.element == Element::kFloat32,
                     grad.transposed,
-                    static_cast<unsigned>(own),
-                    static_cast<unsigned>(finish)};
+                    static_cast<unsigned>(own)};
     blocks += own;
-    finish_blocks += finish;
   }
   if (blocks == 0) return cudaSuccess;
-  if (finish_blocks > INT32_MAX) return cudaErrorInvalidValue;
-  const int slices = Slices(rows, blocks);
-  all.slice_rows = CeilDiv(CeilDiv(rows, slices), kRowsTogether) * kRowsTogether;
-  for (int i = 0; slices > 1 && i < count; ++i) {
-    all.parts[i].slices = workspace;
-    workspace += slices * grads[i].in * rank;
+  if (blocks * kMaxRank > INT32_MAX) return cudaErrorInvalidValue;
+  all.slices = static_cast<unsigned>(Slices(rows, rank, blocks));
+  all.slice_rows = CeilDiv(CeilDiv(rows, all.slices), kRowsTogether) * kRowsTogether;
+  for (int i = 0; all.slices > 1 && i < count; ++i) {
+    all.parts[i].sums = reinterpret_cast<float4*>(workspace);
+    workspace += all.slices * SumsSize(all.parts[i].blocks, rank);
   }
 
   return Dispatch(element, [&](auto tag) {
     using E = typename decltype(tag)::type;
-    const auto launch = [&](auto kernel, int shared) {
-      const cudaError_t error = Launch(kernel, dim3(static_cast<unsigned>(blocks), slices),
-                                       kThreads, shared, stream, false, 1, all);
-      if (error != cudaSuccess || slices == 1) return error;
-      return Launch(FinishKernel<E>, dim3(static_cast<unsigned>(finish_blocks)), kThreads, 0,
-                    stream, HasSm90(), 1, all, slices);
+    const auto launch = [&](auto ranks) {
+      using L = Layout<E, decltype(ranks)::value>;
+      const cudaError_t error = Launch(GradKernel<E, decltype(ranks)::value>,
+                                       dim3(static_cast<unsigned>(blocks), all.slices), kThreads,
+                                       L::kShared, stream, false, 1, all);
+      if (error != cudaSuccess || all.slices == 1) return error;
+      return Launch(FinishKernel<E, decltype(ranks)::value>,
+                    dim3(static_cast<unsigned>(blocks * (L::kBlockQuads / kThreads))), kThreads, 0,
+                    stream, HasSm90(), 1, all);
     };
-    if (rank <= 16) return launch(GradKernel<E, 16>, Layout<E, 16>::kShared);
-    if (rank <= 32) return launch(GradKernel<E, 32>, Layout<E, 32>::kShared);
-    if (rank <= 64) return launch(GradKernel<E, 64>, Layout<E, 64>::kShared);
-    if (rank <= 128) return launch(GradKernel<E, 128>, Layout<E, 128>::kShared);
-    return launch(GradKernel<E, 256>, Layout<E, 256>::kShared);
+    switch (RoomForRanks(rank)) {
+      case 16:
+        return launch(std::integral_constant<int, 16>());
+      case 32:
+        return launch(std::integral_constant<int, 32>());
+      case 64:
+        return launch(std::integral_constant<int, 64>());
+      case 128:
+        return launch(std::integral_constant<int, 128>());
+      default:
+        return launch(std::integral_constant<int, 256>());
+    }
   });
 }
 

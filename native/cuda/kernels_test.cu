@@ -1,7 +1,7 @@
 // Runs what kernels.h declares and checks every result against float64, then times it. Built and
 // run, under compute-sanitizer too, by tests/cuda_check.sh.
 //
-// Usage: kernels_test [--small] [--times | --no-times]
+// Usage: kernels_test [--small] [--times [NAME] | --no-times]
 //
 // Every operand is a block of memory of exactly its size, so that memcheck knows its end; results
 // and workspaces begin as NaN. The rule is that of jax_fused_lora/accuracy.py.
@@ -322,10 +322,10 @@ const Case kCases[] = {
 
 // For tools under which a GPU is slow. Still two steps of every loop.
 const Case kSmallCases[] = {
-    {{1, 300, 72, 8}},    {{3, 40, 70, 5}},      {{8, 1040, 72, 16}}, {{5, 1041, 66, 16}},
-    {{33, 290, 129, 40}}, {{70, 200, 584, 72}},  {{17, 65, 70, 136}}, {{300, 136, 72, 16}},
-    {{257, 61, 70, 9}},   {{1090, 264, 72, 16}}, {{0, 8, 8, 8}},      {{8, 0, 8, 8}},
-    {{8, 8, 0, 8}},       {{40, 8, 8, 0}},
+    {{1, 300, 72, 8}},    {{3, 40, 70, 5}},      {{8, 1040, 72, 16}},  {{5, 1041, 66, 16}},
+    {{33, 290, 129, 40}}, {{70, 200, 584, 72}},  {{17, 65, 70, 136}},  {{300, 136, 72, 16}},
+    {{257, 61, 70, 9}},   {{1090, 264, 72, 16}}, {{2200, 40, 70, 16}}, {{0, 8, 8, 8}},
+    {{8, 0, 8, 8}},       {{8, 8, 0, 8}},        {{40, 8, 8, 0}},
 };
 
 void RunCase(const Case& given, const Dtype& dtype, bool wide_a, bool wide_b, std::mt19937& random,
@@ -550,8 +550,12 @@ void Report(const char* name, double microseconds, double bytes) {
 
 enum class Work { kDelta, kShrink, kDecode, kDecodeTransposed, kGrad, kGrads };
 
+// Times of names with this in them; null for all.
+const char* timed = nullptr;
+
 void TimeWork(const char* name, Work work, const Dtype& dtype, const Sizes& sizes,
               bool wide_b = false) {
+  if (timed != nullptr && std::strstr(name, timed) == nullptr) return;
   const int64_t m = sizes.rows, k = sizes.in, n = sizes.out, r = sizes.rank;
   const bool decode = work == Work::kDecode || work == Work::kDecodeTransposed;
   const Dtype& b_dtype = wide_b ? kFloat32 : dtype;
@@ -649,6 +653,13 @@ void Times() {
   TimeWork("grad 8192, 4096, rank 16, bf16", Work::kGrad, bf16, {8192, 4096, 0, 16});
   TimeWork("grad 2048, 4096, rank 16, bf16", Work::kGrad, bf16, {2048, 4096, 0, 16});
   TimeWork("grad 8192, 4096, rank 64, bf16", Work::kGrad, bf16, {8192, 4096, 0, 64});
+  TimeWork("grad 8192, 1024, rank 16, bf16", Work::kGrad, bf16, {8192, 1024, 0, 16});
+  TimeWork("grad 2048, 4096, rank 16, f32", Work::kGrad, kFloat32, {2048, 4096, 0, 16});
+  TimeWork("both grads 16, 4096, rank 16, bf16", Work::kGrads, bf16, {16, 4096, 0, 16});
+  TimeWork("both grads 64, 4096, rank 64, bf16", Work::kGrads, bf16, {64, 4096, 0, 64});
+  TimeWork("both grads 128, 4096, rank 16, bf16", Work::kGrads, bf16, {128, 4096, 0, 16});
+  TimeWork("both grads 256, 1024, rank 16, bf16", Work::kGrads, bf16, {256, 1024, 0, 16});
+  TimeWork("both grads 2048, 1024, rank 16, bf16", Work::kGrads, bf16, {2048, 1024, 0, 16});
   TimeWork("both grads 512, 4096, rank 16, bf16", Work::kGrads, bf16, {512, 4096, 0, 16});
   TimeWork("both grads 2048, 4096, rank 16, bf16", Work::kGrads, bf16, {2048, 4096, 0, 16});
   TimeWork("both grads 8192, 4096, rank 16, bf16", Work::kGrads, bf16, {8192, 4096, 0, 16});
@@ -663,10 +674,11 @@ int Main(int count, char** arguments) {
       times = false;
     } else if (argument == "--times") {
       check = false;
+      if (i + 1 < count && arguments[i + 1][0] != '-') timed = arguments[++i];
     } else if (argument == "--no-times") {
       times = false;
     } else {
-      Die("usage: %s [--small] [--times | --no-times]", arguments[0]);
+      Die("usage: %s [--small] [--times [NAME] | --no-times]", arguments[0]);
     }
   }
   const int failures = check ? CheckAll(small) : 0;
