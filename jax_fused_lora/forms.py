@@ -152,18 +152,17 @@ _CUDA_MORE_ROWS, _CUDA_MORE_RANK, _CUDA_MORE_WIDTH = 256, 32, 4096
 # (1.07 and 1.17). Narrower: 256 rows of 1024→1024, rank 64, 1.28 and 1.50 (1.06 and 1.34).
 _CUDA_HIGH_RANK_ROWS, _CUDA_HIGH_RANK_WIDTH = 128, 2048
 # Multiplications of a gradient of A and one of B from which XLA's products are faster than our
-# kernel, which multiplies t's halves by mma.sync: forward and backward, ours and XLA's, 4096→4096:
-# rank 16, 512 rows 0.84 and 0.92, 2048 rows 0.86 and 0.85; rank 32, 512 rows 0.95 and 0.92; rank
-# 64, 64 rows 0.77 and 0.81, 512 rows 0.98 and 0.86; rank 128, 512 rows 1.38 and 1.07, 2048 rows
-# 1.14 and 1.03, 8192 rows 1.07 and 0.97; rank 256, 1.22 and 0.99, 1.25 and 1.06, 1.27 and 1.07.
-# 1024→1024, rank 16: 1024 rows 0.97 and 1.17.
-_CUDA_GRADIENT_WORK = 1 << 27
-# The same in float16, where XLA scales each column of t and h first, up to 64 ranks and of more:
-# 4096→4096, rank 64, 512 rows 0.98 and 1.17, 2048 rows 0.93 and 0.91, 8192 rows 0.91 and 0.85; 4096
-# rows of 1024→1024 1.22 and 1.40. Rank 128: 128 rows 1.13 and 1.30, 512 rows 1.42 and 1.18, 2048
-# rows 1.18 and 1.07, 8192 rows 1.10 and 0.99, 1024→1024, 512 rows 1.39 and 1.44, 2048 rows 1.76 and
-# 1.58.
-_CUDA_SCALED_GRADIENT_WORK = 1 << 32, 1 << 29
+# kernel, which multiplies t's halves by mma.sync: up to 128 ranks, and of more. In float16 XLA
+# scales each column of t and h first. Forward and backward on an H200, microseconds with the kernel
+# and with XLA's: bfloat16, 4096→4096, 512 rows of rank 64 78.2 and 78.5, of rank 128 102 and 106,
+# 1024 rows of rank 32 126 and 131, 2048 rows of rank 64 251 and 253; 2048→2048, 2048 rows of rank
+# 64 104 and 114; float16, 4096→4096, rank 128, 512 rows 110 and 114, 2048 rows 346 and 352;
+# 2048→2048, 2048 rows of rank 64 112 and 129. Larger ones were measured on an H100 with a slower
+# kernel, to the plain formula: bfloat16, 2048 rows of rank 128 1.14 and 1.03, 8192 rows 1.07 and
+# 0.97, of rank 64 0.88 and 0.85, rank 256, 512 rows 1.22 and 0.99; float16, 8192 rows of rank 64
+# 0.91 and 0.85, of rank 128 1.10 and 0.99, rank 256, 512 rows 1.27 and 1.04.
+_CUDA_GRADIENT_WORK = {"bfloat16": (1 << 31, 1 << 27), "float16": (1 << 32, 1 << 29)}
+_CUDA_GRADIENT_RANK = 128
 # But up to so many ranks and columns of g, under a product of dx so wide that it lasts as long, dB
 # is summed in the sweep for t and costs little. XLA's and swept, one after the other: 8192 rows of
 # 4096→4096 0.87 and 0.86, 0.83 and 0.84, 2048 rows 0.87 and 0.86, 0.84 and 0.85, 1024 rows 0.91 and
@@ -251,13 +250,13 @@ def _high_rank(problem: Problem) -> bool:
 
 def _leaves_gradients(problem: Problem) -> bool:
     """Whether dA and dB are better XLA's, which splits t and h for 16 bits."""
+    if problem.dtype == "float32" or problem.wide_b:
+        return False
     rank, work = problem.rank, problem.rows * problem.rank * (problem.k + problem.n)
-    scaled = _CUDA_SCALED_GRADIENT_WORK[rank > _CUDA_FEW_RANK]
-    large = work >= (scaled if problem.dtype == "float16" else _CUDA_GRADIENT_WORK)
+    large = work >= _CUDA_GRADIENT_WORK[problem.dtype][rank > _CUDA_GRADIENT_RANK]
     narrow = rank <= _CUDA_SWEPT_RANK and problem.n <= _CUDA_SWEPT_COLUMNS
     swept = narrow and problem.k >= _CUDA_SWEPT_WIDTH
-    split = problem.dtype != "float32" and not problem.wide_b
-    return split and large and not swept
+    return large and not swept
 
 
 def _many_rows(problem: Problem, columns: int) -> bool:

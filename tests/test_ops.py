@@ -220,8 +220,7 @@ def test_a_split_h_may_be_infinite(rows):
 @pytest.mark.parametrize("rows", [(3,), (2, 20), (300,)], ids=str)
 def test_gradients_of_factors_from_the_t_of_a_call(implementation, rows, dtype, monkeypatch):
     """On CUDA those of many rows are XLA's; here those of few are, too."""
-    monkeypatch.setattr(forms, "_CUDA_GRADIENT_WORK", 0)
-    monkeypatch.setattr(forms, "_CUDA_SCALED_GRADIENT_WORK", (0, 0))
+    monkeypatch.setattr(forms, "_CUDA_GRADIENT_WORK", {"bfloat16": (0, 0), "float16": (0, 0)})
     operands = oracle.operands(rows, 64, 136, 24, dtype)
     check_everything(operands, 0.75, implementation, dtype)
     g = oracle.operands(rows, 136, 1, 1, dtype, seed=1)["x"]
