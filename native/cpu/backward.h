@@ -59,7 +59,7 @@ class Backward {
     double work = SweepWork(c_.batch.count, c_.k + c_.n, c_.r, std::max<int64_t>(c_.m, 8)) * 2;
     if (product_) {
       work += Work(blocks_->products(), c_.k * c_.n, std::max<int64_t>(blocks_->rows(), 8));
-    } else if (work < kSweepWorthAThread) {
+    } else if (work < SweepWorthAThread()) {
       work = 0;
     }
     const int64_t dx_units = product_ ? blocks_->count() : 0;
@@ -85,7 +85,7 @@ class Backward {
   // backward, Sapphire Rapids: 16 rows 497 → 440 µs, 33 rows 730 → 634).
   int64_t SweepRanges() const {
     const int64_t ranges = Blocks(c_.m, kBackwardRows);
-    return ranges + (SweepWork(1, c_.k + c_.n, c_.r, c_.m) >= kSweepWorthAThread ? ranges % 2 : 0);
+    return ranges + (SweepWork(1, c_.k + c_.n, c_.r, c_.m) >= SweepWorthAThread() ? ranges % 2 : 0);
   }
 
   // A range of rows makes one sweep over its g and x. A slice of rows sums its own dA and dB, so

@@ -68,7 +68,7 @@ class Forward {
     double work = SweepWork(c_.batch.count, c_.k + c_.n, c_.r, c_.m);
     if (product_) {
       work += Work(blocks_->products(), c_.k * c_.n, std::max<int64_t>(blocks_->rows(), 8));
-    } else if (c_.batch.count * sweep_ranges_ == 1 || work < kSweepWorthAThread) {
+    } else if (c_.batch.count * sweep_ranges_ == 1 || work < SweepWorthAThread()) {
       work = 0;  // one thread's
     }
     const int64_t sweeps = c_.batch.count * sweep_ranges_;
@@ -137,7 +137,7 @@ class Forward {
   // Rows of a sweep's block, near kForwardRows: an even number of blocks, if a second thread is
   // worth it (float32, 16×2048, rank 16, Zen 4: 68 → 45 µs).
   int64_t RowBlock() const {
-    const bool two = SweepWork(1, c_.k + c_.n, c_.r, c_.m) >= kSweepWorthAThread;
+    const bool two = SweepWork(1, c_.k + c_.n, c_.r, c_.m) >= SweepWorthAThread();
     const int64_t pairs = (c_.m + kForwardRows) / (2 * kForwardRows);
     return two ? Blocks(c_.m, 2 * std::max<int64_t>(pairs, 1)) : kForwardRows;
   }

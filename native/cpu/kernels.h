@@ -10,6 +10,15 @@
 
 namespace jax_fused_lora {
 
+// Whether the CPU is AMD's, whose cores have other wishes in a few places.
+inline bool IsAmd() {
+#if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 // One thread's working memory. Sized so that what a pass takes of it stays in a second-level cache.
 struct alignas(64) Scratch {
   static constexpr size_t kFew = 4;         // rows up to which a matrix is read row after row

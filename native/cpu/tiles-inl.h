@@ -83,15 +83,6 @@ HWY_INLINE Float* InPanel(Panels<Float> panels, size_t j) {
   return panels.data + j / kPanel * panels.panel + j % kPanel;
 }
 
-// Whether the CPU is AMD's, whose cores have other wishes in a few places.
-inline bool IsAmd() {
-#if HWY_ARCH_X86 && (HWY_COMPILER_GCC || HWY_COMPILER_CLANG)
-  return __builtin_cpu_is("amd");
-#else
-  return false;
-#endif
-}
-
 // A float32 operand read element by element.
 struct Scalars {
   const float* data;

@@ -22,8 +22,8 @@ constexpr int64_t kWorthAThread = 500'000;
 
 // The same of a sweep over rows, for which each thread reads A and B (float32, 1024→1024, rank 8,
 // Sapphire Rapids, one thread and two: 24 rows 15 and 21 µs, 64 rows 29 and 33, 128 rows 54 and 40;
-// Zen 4 gains from two as early as 16×2048→2048, rank 16, which is 1,300,000).
-constexpr int64_t kSweepWorthAThread = 1'200'000;
+// Zen 4 gains from two earlier: 24 rows of rank 16, 980,000, 23.6 and 17.2, 28 rows 26 and 22).
+inline int64_t SweepWorthAThread() { return IsAmd() ? 900'000 : 1'200'000; }
 
 // Ranks that take as long as reading and writing the rows they are multiplied by (512×256→256, one
 // thread, Zen 4: 17 µs with 1, 20 with 2, 28 with 4).
