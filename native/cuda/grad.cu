@@ -19,7 +19,7 @@
 // product.
 //
 // Tried, in chains on an H200: the slices as a cluster that adds its own sums (two: 512 rows, both
-// gradients, 7.7 µs, not 7.4; four or more do not all find room at once), t split once for all
+// gradients, 7.7 µs, not 7.4; four 10.9; of eight 30 of 32 find room at once), t split once for all
 // warps, in its tile (8192 rows: 27.6, not 25.9), and this kernel as a programmatic dependent of
 // the one that computes t, inside JAX (512 rows and fewer no difference, 8192 rows 2 % slower).
 #include <algorithm>
@@ -151,8 +151,9 @@ struct GradArguments {
 };
 
 // Of the rows. One block on each of an H100's multiprocessors has fewer sums to add, two have more
-// on its way: up to 2048 rows of rank 16 one is faster (512 rows, both gradients: 7.4 µs on an
-// H200, two 7.9), of rank 64 two (8192 rows: 44 µs, one 51).
+// on its way: of rank 16 one is as fast or faster (both gradients, 512 rows 7.4 and 7.9 µs on an
+// H200, 8192 rows 45.2 and 44.3; one, 2048 rows 10.1 and 11.3), of rank 64 two (8192 rows 51 and
+// 44).
 int64_t Slices(int64_t rows, int64_t rank, int64_t column_blocks) {
   const int64_t wanted = rank > 32 ? 264 : 132;
   return std::max<int64_t>(
