@@ -241,11 +241,16 @@ def _product_slices(k: int, n: int, itemsize: int) -> int:
 def _row_slices(m: int, r: int, form: str) -> int:
     """Row slices that sum dA and dB separately: one a core, none of fewer than 32 rows.
 
-    Of fewer rows one, which takes no sums beside the result: dA and dB are then cut by columns, and
-    the rows read again from the second cache. On Zen 4 layers of 1024 and 2048, ranks 8 to 64, take
-    as long with one as with two up to 128 rows, from 256 on up to 15 % longer. The low-rank part
-    alone, forward and backward, float32: rank 8, 64 rows 97 -> 77 µs with two, 128 rows 153 -> 121;
-    rank 16 129 -> 119 and 224 -> 197; rank 64 as long.
+    Else one, which takes no sums beside the result: dA and dB are then cut by columns, and the rows
+    read again. Without W that is slower (16 cores, float32, rank 16, 512x1024 1.58 of the time,
+    2048x2048 1.59; 4 cores 1.18 and 1.23); but of few rows, in the second cache, it is not: on Zen
+    4, two cores, rank 8, 64 rows take 97 -> 77 us with two slices, 128 rows 153 -> 121, rank 16 129
+    -> 119 and 224 -> 197, rank 64 as long. With W, 256 to 2048 rows, ranks 8 to 64, it takes 1.00
+    to 1.04 on two cores, 0.97 to 1.04 on four and 0.92 to 1.05 on 16, where the slices would be 16
+    times A and B; so only two cores have two.
     """
+    cores = os.cpu_count() or 1
+    if form != "delta" and cores > 2:
+        return 1
     fewest = 64 if form == "delta" and r <= 16 else 256
-    return max(1, min(os.cpu_count() or 1, m // 32)) if m >= fewest else 1
+    return max(1, min(cores, m // 32)) if m >= fewest else 1

@@ -271,12 +271,14 @@ def test_gradients_that_are_dropped_are_not_computed():
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("activation", ["none", "tanh"])
-def test_memory_of_a_scan_under_checkpoint(activation, dtype):
+@pytest.mark.parametrize("cores", [2, 64])
+def test_memory_of_a_scan_under_checkpoint(cores, activation, dtype, monkeypatch):
     """No more than XLA needs for the same, nor a result of x's size that is not y or dx.
 
     But for the 64 bytes that XLA keeps for each custom call, a table of pointers to its results,
     where an activation needs y again in float32; docs/transformations.md names that.
     """
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
     layers, rows, width, rank = 8, 512, 256, 8
     rng = np.random.default_rng(0)
     sizes = (layers, width, width), (layers, width, rank), (layers, rank, width), (rows, width)
@@ -295,7 +297,8 @@ def test_memory_of_a_scan_under_checkpoint(activation, dtype):
 
     native, xla = compiled("cpu"), compiled("xla")
     ours, theirs = (c.memory_analysis().temp_size_in_bytes for c in (native, xla))
-    print(f"temporary memory, {dtype}, {activation}: {ours} bytes, {theirs} of XLA's own")
+    what = f"{dtype}, {activation}, {cores} cores"
+    print(f"temporary memory, {what}: {ours} bytes, {theirs} of XLA's own")
     text = native.as_text()
     count = calls(text, "lora_forward") + calls(text, "lora_backward")
     assert count == (3 if activation == "tanh" else 2)
