@@ -6,6 +6,12 @@
 // h are already where a warpgroup's left operand may lie, in its registers, so the rank is two more
 // wgmma for each 16 of them, and nobody waits for an h from elsewhere.
 //
+// TMA copies a box row after row, and 16 ranks of A are a row of 32 bytes, so that A took it as
+// many rows as W (an H200, 4096→4096, 16 rows of x: 1.4 of 12.8 µs; transposed, where 64 elements
+// of a rank follow each other, 0.3 of 11.9). So for 64 rows and 16 ranks A comes as it lies, in one
+// run, which wgmma can't read, but mma.sync can, beside the wgmma of x·W (0.8 less; but of 128 rows
+// it is slower: 18.9 for 14.4).
+//
 // A block has 64 columns of y and 64 or 128 rows, or 128 of each. Where that leaves half of the
 // multiprocessors idle, two blocks, a cluster, share the depth. Each adds the rank's part of its
 // own h, the product being linear; then they exchange halves of y, by registers: a thread of one
@@ -25,7 +31,7 @@ namespace {
 using cute::_;
 using cute::Int;
 
-constexpr int kDepth = 64;  // of a tile
+constexpr int kSwizzled = 64;  // columns of x, 128 bytes, that TMA lays as wgmma reads them
 // Rows and ranks of any number of columns; and of more rows, as many columns as leave a tile of
 // 128×128 two multiprocessors of an H100.
 constexpr int64_t kMostRows = 128, kMostRanks = 64;
@@ -35,10 +41,13 @@ constexpr int kMostShared = 227 * 1024;
 template <class Element, int tile_rows, int tile_columns, int tile_ranks, bool transposed>
 struct Few {
   static constexpr int kRows = tile_rows, kColumns = tile_columns, kRanks = tile_ranks;
+  // Of a tile. (An H200, 4096→4096, rank 16: 16 rows 11.5 µs, 12.1 with 64, 64 rows 12.3 and 13.4;
+  // 128 rows need more stages: 17 to 19, and 14.4 with 64.)
+  static constexpr int kDepth = kRows == 64 && kRanks <= 32 ? 128 : 64;
   using RowMajor = cutlass::layout::RowMajor;
   using LayoutW = std::conditional_t<transposed, cutlass::layout::ColumnMajor, RowMajor>;
-  static constexpr int kGroups = kRows / 64;          // warpgroups that multiply
-  static constexpr int kBox = kRows == 64 ? 16 : 64;  // rows of x copied at a time
+  static constexpr int kGroups = kRows / 64;  // warpgroups that multiply
+  static constexpr bool kRun = !transposed && kRanks == 16 && kRows == 64;  // A as it lies
   static constexpr int kMultiply = kGroups * 128, kThreads = kMultiply + 32;
   // What a thread sends to the other block: half of its sums of y, and those of h.
   static constexpr int kHalf = kColumns / 4, kOfH = kRanks / 2;
@@ -56,15 +65,6 @@ struct Few {
       std::conditional_t<kGroups == 2, cutlass::gemm::KernelTmaWarpSpecializedCooperative,
                          cutlass::gemm::KernelTmaWarpSpecialized>>::CollectiveOp;
   using OfW = Collective<kColumns, kDepth>;
-  // A box of x: a part of the tile that lies there as one of its own would.
-  using LayoutBox = decltype(cute::tile_to_shape(typename OfW::SmemLayoutAtomA{},
-                                                 cute::Shape<Int<kBox>, Int<kDepth>>{}));
-  using CopyX = decltype(cute::make_tma_copy(
-      cute::SM90_TMA_LOAD{},
-      cute::make_tensor(
-          static_cast<const Element*>(nullptr),
-          cute::make_layout(cute::Shape<int, int>{}, cute::Stride<int64_t, cute::_1>{})),
-      LayoutBox{}));
   using OfA = Collective<kRanks, kDepth>;
   using OfB = Collective<kColumns, kRanks>;  // its left operand comes from registers
   static constexpr auto kMajor = transposed ? cute::GMMA::Major::K : cute::GMMA::Major::MN;
@@ -80,18 +80,19 @@ struct Few {
     alignas(1024) Element a[kStages * kRanks * kDepth];
     alignas(1024) Element b[kRanks * kColumns];
     float4 exchange[(kHalf + kOfH) / 4][kMultiply];
-    cutlass::arch::ClusterTransactionBarrier filled[kStages], b_filled;
+    cutlass::arch::ClusterTransactionBarrier filled[kStages], b_filled, exchanged;
     cutlass::arch::ClusterBarrier read[kStages];
   };
   static_assert(sizeof(Storage) <= kMostShared);
 
   struct Params {
-    CopyX x;
+    CUtensorMap x;
     typename OfW::Params::TMA_B w;
     typename OfA::Params::TMA_B a;
     typename OfB::Params::TMA_B b;
-    int rows, in, out, rank, parts;  // of a cluster
+    int rows, rows_of_tile, in, out, rank, parts;  // of a cluster
     float scaling, h16_scaling;
+    const Element* run;  // A
     float* h;
     const Element* bias;  // may be null
     Element* y;
@@ -111,6 +112,40 @@ __device__ void ToFragments(const Values& values, int first, float scaling, Frag
   }
 }
 
+// Waits for a barrier's first phase, and for what other blocks of the cluster have sent with it.
+__device__ inline void WaitInCluster(uint32_t barrier) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "WAIT: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+      "@!done bra WAIT;\n}" ::"r"(barrier)
+      : "memory");
+}
+
+// h (16, kRanks) += 16 rows of x from `row` on, of a tile that TMA has swizzled, times a tile of A
+// as it lies in memory. What lies behind `depth` is not A.
+template <class Few, class Number, class Element, int kBlocks>
+__device__ void MultiplyRun(float (&h)[kBlocks][4], const Element* x, int row, const Element* a,
+                            int rank, int depth) {
+  static_assert(kBlocks == 2, "two blocks of 8 ranks are read at once");
+  const int lane = threadIdx.x % 32;
+  const Element* const own_x = x + (row + lane % 16) * kSwizzled;
+  const Element* const own_a = a + lane % 16 * rank + lane / 16 * 8;
+  CUTLASS_PRAGMA_UNROLL
+  for (int k = 0; k < Few::kDepth; k += 16) {
+    uint32_t of_x[4], of_a[4];
+    const int chunk = k % kSwizzled / 8 + lane / 16;
+    LoadBlocks(of_x, own_x + k / kSwizzled * Few::kRows * kSwizzled + (chunk ^ lane % 8) * 8);
+    LoadBlocksTransposed(of_a, own_a + k * rank);
+    if (k >= depth) of_a[0] = of_a[2] = 0;
+    if (k + 8 >= depth) of_a[1] = of_a[3] = 0;
+    CUTLASS_PRAGMA_UNROLL
+    for (int block = 0; block < kBlocks; ++block) {
+      Multiply<Number>(h[block], of_x[0], of_x[1], of_x[2], of_x[3], of_a[block * 2],
+                       of_a[block * 2 + 1]);
+    }
+  }
+}
+
 template <class Few>
 __global__ void __launch_bounds__(Few::kThreads, 1)
     FewKernel(const __grid_constant__ typename Few::Params p) {
@@ -119,40 +154,44 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
   using OfA = typename Few::OfA;
   using OfB = typename Few::OfB;
   using Element = typename OfW::ElementA;
+  using Number =
+      std::conditional_t<std::is_same_v<Element, cutlass::half_t>, __half, __nv_bfloat16>;
   constexpr int kRows = Few::kRows, kColumns = Few::kColumns, kRanks = Few::kRanks;
-  constexpr int kStages = Few::kStages;
+  constexpr int kStages = Few::kStages, kDepth = Few::kDepth;
   extern __shared__ __align__(1024) char memory[];
   auto& storage = *reinterpret_cast<typename Few::Storage*>(memory);
   const int thread = threadIdx.x;
   const bool fetches = thread >= Few::kMultiply;
   const int part = p.parts == 2 ? blockIdx.x % 2 : 0;
   const int column_tile = p.parts == 2 ? blockIdx.x / 2 : blockIdx.x;
-  const int row_tile = blockIdx.y;
+  const bool tells_h = column_tile == 0 && part == 0;
   const int all_tiles = (p.in + kDepth - 1) / kDepth, share = (all_tiles + p.parts - 1) / p.parts;
   const int first = part * share, tiles = max(0, min(share, all_tiles - first));
-  // Boxes of x that have rows. What lies where the others would be meets only rows of y that nobody
-  // writes.
-  const int boxes = min(kRows / Few::kBox, (p.rows - row_tile * kRows + Few::kBox - 1) / Few::kBox);
-  // The last one begins earlier and brings rows again: zeros for what lies beyond the rows take
+  // The last tile's rows begin earlier, if they are fewer: zeros for what lies beyond the rows take
   // longer to copy than rows do (160 rows of 4096: 31.7 → 22.6 µs; 96 rows: 19.2 → 17.5).
-  const auto row_of_box = [&](int box) {
-    return max(0, min(row_tile * kRows + box * Few::kBox, p.rows - Few::kBox));
-  };
+  const int first_row = min(static_cast<int>(blockIdx.y) * p.rows_of_tile, p.rows - p.rows_of_tile);
 
   if (thread == Few::kMultiply) {
     prefetch_tma_descriptor(p.w.get_tma_descriptor());
-    prefetch_tma_descriptor(p.x.get_tma_descriptor());
+    prefetch_tma_descriptor(reinterpret_cast<const TmaDescriptor*>(&p.x));
     prefetch_tma_descriptor(p.a.get_tma_descriptor());
     prefetch_tma_descriptor(p.b.get_tma_descriptor());
     for (int i = 0; i < kStages; ++i) {
       storage.filled[i].init(1);
-      storage.read[i].init(Few::kGroups);
+      storage.read[i].init(Few::kMultiply / 32);
     }
     storage.b_filled.init(1);
+    storage.exchanged.init(1);
     cutlass::arch::fence_barrier_init();
   }
-  if (p.parts == 2) cute::cluster_arrive_relaxed();  // this block has begun
-  __syncthreads();                                   // the barriers are there
+  if (p.parts == 2) {
+    if (thread == Few::kMultiply) {
+      const int warps = (p.rows_of_tile + 15) / 16, sums = Few::kHalf + tells_h * Few::kOfH;
+      storage.exchanged.arrive_and_expect_tx(warps * 32 * sums * 4);
+    }
+    cute::cluster_arrive();  // this block has begun
+  }
+  __syncthreads();  // the barriers are there
 
   if (fetches) {
     if (thread == Few::kMultiply) {
@@ -161,7 +200,6 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
         Tensor all = tma.get_tma_tensor(make_shape(columns, depth, 1));
         return local_tile(all, shape, make_coord(j, _, 0));
       };
-      const auto copy_x = p.x.get_slice(_0{});
       const auto copy_w = p.w.get_slice(_0{});
       const auto copy_a = p.a.get_slice(_0{});
       const auto copy_b = p.b.get_slice(_0{});
@@ -171,7 +209,6 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
           copy_a.partition_S(tiles_of(p.a, p.rank, p.in, Shape<Int<kRanks>, Int<kDepth>>{}, 0));
       Tensor from_b = copy_b.partition_S(
           tiles_of(p.b, p.out, p.rank, Shape<Int<kColumns>, Int<kRanks>>{}, column_tile));
-      Tensor all_x = p.x.get_tma_tensor(make_shape(p.rows, p.in));
       Tensor to_w =
           copy_w.partition_D(make_tensor(make_smem_ptr(storage.w), typename OfW::SmemLayoutB{}));
       Tensor to_a =
@@ -181,24 +218,30 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
       const auto barrier_of = [](auto& barrier) -> uint64_t& {
         return *reinterpret_cast<uint64_t*>(&barrier);
       };
-      const int bytes = Few::kStageBytes - (kRows - boxes * Few::kBox) * kDepth * 2;
+      const int bytes = (p.rows_of_tile + kColumns) * kDepth * 2;
+      // Nobody reads W again, unless it meets more rows.
+      const auto w_hint =
+          gridDim.y == 1 ? TMA::CacheHintSm90::EVICT_FIRST : TMA::CacheHintSm90::EVICT_NORMAL;
       int stage = 0, turn = 0;
       for (int i = 0; i < tiles; ++i) {
         if (turn > 0) storage.read[stage].wait((turn - 1) % 2);
-        storage.filled[stage].arrive_and_expect_tx(bytes);
+        const int k0 = (first + i) * kDepth;
+        const int of_a = Few::kRun ? min(kDepth, p.in - k0) * p.rank * 2 : kRanks * kDepth * 2;
+        storage.filled[stage].arrive_and_expect_tx(bytes + of_a);
         uint64_t& barrier = barrier_of(storage.filled[stage]);
-        copy(p.w.with(barrier, 0), from_w(_, _, _, first + i), to_w(_, _, _, stage));
+        copy(p.w.with(barrier, 0, w_hint), from_w(_, _, _, first + i), to_w(_, _, _, stage));
         CUTLASS_PRAGMA_UNROLL
-        for (int box = 0; box < kRows / Few::kBox; ++box) {
-          if (box >= boxes) break;
-          Tensor from = domain_offset(make_coord(row_of_box(box), (first + i) * kDepth), all_x);
-          Element* const to = storage.x + (stage * kRows + box * Few::kBox) * kDepth;
-          copy(p.x.with(barrier, 0),
-               copy_x.partition_S(
-                   local_tile(from, Shape<Int<Few::kBox>, Int<kDepth>>{}, make_coord(0, 0))),
-               copy_x.partition_D(make_tensor(make_smem_ptr(to), typename Few::LayoutBox{})));
+        for (int k = 0; k < kDepth; k += kSwizzled) {
+          SM90_TMA_LOAD_2D::copy(&p.x, &barrier,
+                                 static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL),
+                                 storage.x + stage * kRows * kDepth + kRows * k, k0 + k, first_row);
         }
-        copy(p.a.with(barrier, 0), from_a(_, _, _, first + i), to_a(_, _, _, stage));
+        if constexpr (Few::kRun) {
+          SM90_BULK_COPY_G2S::copy(p.run + int64_t{k0} * p.rank, &barrier,
+                                   storage.a + stage * kRanks * kDepth, of_a);
+        } else {
+          copy(p.a.with(barrier, 0), from_a(_, _, _, first + i), to_a(_, _, _, stage));
+        }
         if (i == 0) {
           storage.b_filled.arrive_and_expect_tx(kRanks * kColumns * 2);
           copy(p.b.with(barrier_of(storage.b_filled), 0), from_b(_, _, _, 0), to_b(_, _, _, 0));
@@ -207,11 +250,7 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
       }
     }
     __syncwarp();
-    if (p.parts == 2) {  // as the others
-      cute::cluster_wait();
-      cute::cluster_arrive();
-      cute::cluster_wait();
-    }
+    if (p.parts == 2) cute::cluster_wait();
     return;
   }
 
@@ -237,6 +276,9 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
   Tensor h = partition_fragment_C(multiply_a, Shape<Int<kRows>, Int<kRanks>>{});
   clear(y);
   clear(h);
+  float h_of_run[kRanks / 8][4] = {};
+  const int lane = thread % 32, in_tile = thread / 32 * 16;  // the first of the warp's rows
+  const bool some_rows = in_tile < p.rows_of_tile;
   int stage = 0, turn = 0;
   CUTLASS_PRAGMA_NO_UNROLL
   for (int i = 0; i < tiles; ++i) {
@@ -247,22 +289,40 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
     CUTLASS_PRAGMA_UNROLL
     for (int step = 0; step < kDepth / 16; ++step) {
       gemm(multiply_w, x_for_w(_, _, step, stage), w(_, _, step, stage), y);
-      gemm(multiply_a, x_for_a(_, _, step, stage), a(_, _, step, stage), h);
+      if constexpr (!Few::kRun) {
+        gemm(multiply_a, x_for_a(_, _, step, stage), a(_, _, step, stage), h);
+      }
     }
     warpgroup_commit_batch();
-    warpgroup_wait<1>();  // the stage before is read
+    if constexpr (Few::kRun) {
+      if (some_rows) {
+        const Element* const tile_x = storage.x + stage * kRows * kDepth;
+        const Element* const tile_a = storage.a + stage * kRanks * kDepth;
+        MultiplyRun<Few, Number>(h_of_run, tile_x, in_tile, tile_a, p.rank,
+                                 p.in - (first + i) * kDepth);
+      }
+    }
+    // What is read by now: this stage, or the one before. (No wgmma may be under way where a loop
+    // with other arithmetic in it goes round, or the compiler serializes them.)
+    constexpr int kPending = Few::kRun ? 0 : 1;
+    warpgroup_wait<kPending>();
     warpgroup_fence_operand(y);
     warpgroup_fence_operand(h);
-    if (i > 0 && thread % 128 == 0) storage.read[stage == 0 ? kStages - 1 : stage - 1].arrive();
+    if constexpr (Few::kRun) __syncwarp();  // all lanes have read, not lane 0 alone
+    if (i >= kPending && lane == 0) storage.read[(stage + kStages - kPending) % kStages].arrive();
     if (++stage == kStages) stage = 0, ++turn;
   }
   warpgroup_wait<0>();
   warpgroup_fence_operand(y);
   warpgroup_fence_operand(h);
 
+  if constexpr (Few::kRun) {
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(h); ++i) h(i) = h_of_run[i / 4][i % 4];
+  }
   // h = scaling · x·A, of ranks that are: an infinite x times the zeros beyond them is NaN. A
   // thread has rows g and g + 8 and, of each 8 ranks, two neighbouring ones.
-  const int g = thread % 32 / 4, t = thread % 4;
+  const int g = lane / 4, t = lane % 4;
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < size(h); ++i) {
     const int rank = i / 4 * 8 + t * 2 + i % 2;
@@ -291,18 +351,19 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
 
   // The first block of a cluster ends with the first half of y and with h, the second with the
   // second half.
-  const int in_tile = thread / 32 * 16, box = in_tile / Few::kBox;
-  const int64_t first_row = (box < boxes ? row_of_box(box) : p.rows) + in_tile % Few::kBox + g;
-  const bool tells_h = column_tile == 0 && part == 0;
+  if (p.parts == 2) cute::cluster_wait();  // the other block has begun
+  if (!some_rows) return;
   if (p.parts == 2) {
-    cute::cluster_wait();  // the other block has begun
-    const uint32_t own = SharedAddress(&storage.exchange[0][thread]);
-    const uint32_t there = cute::set_block_rank(own, part ^ 1);
+    const uint32_t there =
+        cute::set_block_rank(SharedAddress(&storage.exchange[0][thread]), part ^ 1);
+    const uint32_t barrier = cute::set_block_rank(SharedAddress(&storage.exchanged), part ^ 1);
     const auto send = [&](int i, float v0, float v1, float v2, float v3) {
-      asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(
-                       there + i * static_cast<int>(sizeof(storage.exchange[0]))),
-                   "f"(v0), "f"(v1), "f"(v2), "f"(v3)
-                   : "memory");
+      asm volatile(
+          "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], "
+          "{%1, %2, %3, %4}, [%5];" ::"r"(there +
+                                          i * static_cast<int>(sizeof(storage.exchange[0]))),
+          "f"(v0), "f"(v1), "f"(v2), "f"(v3), "r"(barrier)
+          : "memory");
     };
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < Few::kHalf; i += 4) {
@@ -318,8 +379,7 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
         send((Few::kHalf + i) / 4, h(i), h(i + 1), h(i + 2), h(i + 3));
       }
     }
-    cute::cluster_arrive();
-    cute::cluster_wait();  // all is sent
+    WaitInCluster(SharedAddress(&storage.exchanged));
     const auto add = [&](auto& sums, int j, int i) {
       const float4 other = storage.exchange[i][thread];
       sums(j) += other.x, sums(j + 1) += other.y, sums(j + 2) += other.z, sums(j + 3) += other.w;
@@ -337,8 +397,6 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
     }
   }
 
-  using Number =
-      std::conditional_t<std::is_same_v<Element, cutlass::half_t>, __half, __nv_bfloat16>;
   CUTLASS_PRAGMA_UNROLL
   for (int block = 0; block < kColumns / 8; ++block) {
     if (p.parts == 2 && block / (kColumns / 16) != part) continue;
@@ -351,20 +409,22 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
     }
     CUTLASS_PRAGMA_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int64_t row = first_row + half * 8;
-      if (row >= p.rows) continue;
+      const int row = in_tile + g + half * 8;
+      if (row >= p.rows_of_tile) continue;
       alignas(4) Number pair[2];
       CUTLASS_PRAGMA_UNROLL
       for (int j = 0; j < 2; ++j) pair[j] = Rounded<Number>(y(block * 4 + half * 2 + j) + bias[j]);
-      *reinterpret_cast<uint32_t*>(p.y + row * p.out + column) = *reinterpret_cast<uint32_t*>(pair);
+      *reinterpret_cast<uint32_t*>(p.y + int64_t{first_row + row} * p.out + column) =
+          *reinterpret_cast<uint32_t*>(pair);
     }
   }
   if (tells_h) {
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size(h); ++i) {
-      const int64_t row = first_row + i / 2 % 2 * 8;
+      const int row = in_tile + g + i / 2 % 2 * 8;
       const int rank = i / 4 * 8 + t * 2 + i % 2;
-      if (row < p.rows && rank < p.rank) p.h[row * p.rank + rank] = h(i);
+      if (row >= p.rows_of_tile || rank >= p.rank) continue;
+      p.h[int64_t{first_row + row} * p.rank + rank] = h(i);
     }
   }
 }
@@ -380,6 +440,19 @@ auto RightOperand(const void* data, int columns, int depth, int64_t row, Shape s
                                     cute::Shape<cute::_1, cute::_1, cute::_1>{});
 }
 
+// x (m, k) in boxes of `rows` and kSwizzled columns, 128 bytes each, as wgmma reads its left
+// operand.
+template <class Element>
+bool MapRows(const void* x, int m, int k, int rows, CUtensorMap* map) {
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(m)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(k) * 2};
+  const cuuint32_t box[] = {kSwizzled, static_cast<cuuint32_t>(rows)}, steps[] = {1, 1};
+  return CUTLASS_CUDA_DRIVER_WRAPPER_CALL(cuTensorMapEncodeTiled)(
+             map, cute::TMA::to_CUtensorMapDataType<Element>(), 2u, const_cast<void*>(x), sizes,
+             strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
 template <class Element, int kRows, int kColumns, int kRanks, bool transposed>
 cudaError_t LaunchFew(const Gemm& gemm, const GemmShrink& shrink, int multiprocessors,
                       cudaStream_t stream) {
@@ -387,25 +460,27 @@ cudaError_t LaunchFew(const Gemm& gemm, const GemmShrink& shrink, int multiproce
   using OfW = typename Own::OfW;
   const int m = static_cast<int>(gemm.m), k = static_cast<int>(gemm.k),
             n = static_cast<int>(gemm.n), r = static_cast<int>(gemm.r);
-  auto x = cute::make_tensor(
-      static_cast<const Element*>(gemm.x),
-      cute::make_layout(cute::make_shape(m, k), cute::make_stride(gemm.k, cute::_1{})));
   const int64_t column_tiles = CeilDiv(gemm.n, kColumns), row_tiles = CeilDiv(gemm.m, kRows);
   const int parts = column_tiles * row_tiles * 2 <= multiprocessors ? 2 : 1;
+  const int rows_of_tile = static_cast<int>(CeilDiv(gemm.m, row_tiles));
+  CUtensorMap x;
+  if (!MapRows<Element>(gemm.x, m, k, rows_of_tile, &x)) return cudaErrorUnknown;
   const typename Own::Params params = {
-      cute::make_tma_copy(cute::SM90_TMA_LOAD{}, x, typename Own::LayoutBox{}),
+      x,
       RightOperand<OfW>(gemm.w, n, k, transposed ? gemm.k : gemm.n, typename OfW::TileShape{}),
       RightOperand<typename Own::OfA>(shrink.a, r, k, transposed ? gemm.k : gemm.r,
                                       typename Own::OfA::TileShape{}),
       RightOperand<typename Own::OfB>(gemm.b, n, r, transposed ? gemm.r : gemm.n,
                                       typename Own::OfB::TileShape{}),
       m,
+      rows_of_tile,
       k,
       n,
       r,
       parts,
       shrink.scaling,
       shrink.h16_scaling,
+      static_cast<const Element*>(shrink.a),
       shrink.h,
       static_cast<const Element*>(gemm.bias),
       static_cast<Element*>(gemm.y)};

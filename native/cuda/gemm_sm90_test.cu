@@ -804,6 +804,7 @@ int Main(int argc, char** argv) {
       {64, 512, 1032, 64}, {63, 1000, 520, 40},   {65, 136, 776, 16},   {100, 2056, 4096, 32},
       {33, 72, 8, 8},      {128, 4096, 1000, 64}, {40, 264, 9000, 8},   {128, 264, 9000, 16},
       {129, 264, 136, 8},  {200, 1000, 1032, 24}, {256, 512, 4096, 32}, {250, 328, 3000, 16},
+      {1, 4104, 4096, 16}, {24, 200, 136, 16},    {50, 1144, 1032, 16}, {131, 1144, 1032, 8},
   };
   const auto skip = [&](int64_t m, int64_t k, int64_t n) { return small && m * k * n > 4 << 20; };
   for (const auto& [m, k, n, r] : kShapes) {
@@ -840,7 +841,10 @@ int Main(int argc, char** argv) {
     }
     TimeFew(16, 1024, 16, false, stream, cublas);
     TimeFew(64, 1024, 16, false, stream, cublas);
-    TimeFew(64, 4096, 64, false, stream, cublas);
+    for (int64_t r : {32, 64}) {
+      for (int64_t m : {1, 16, 64}) TimeFew(m, 4096, r, false, stream, cublas);
+    }
+    TimeFew(128, 4096, 32, false, stream, cublas);
     TimeFew(128, 4096, 64, false, stream, cublas);
     TimeFew(64, 8192, 16, false, stream, cublas);
     TimeFew(256, 2048, 16, false, stream, cublas);
