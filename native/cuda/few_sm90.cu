@@ -9,8 +9,8 @@
 // TMA copies a box row after row, and 16 ranks of A are a row of 32 bytes, so that A took it as
 // many rows as W (an H200, 4096→4096, 16 rows of x: 1.4 of 12.8 µs; transposed, where 64 elements
 // of a rank follow each other, 0.3 of 11.9). So for 64 rows and 16 ranks A comes as it lies, in one
-// run, which wgmma can't read, but mma.sync can, beside the wgmma of x·W (0.8 less; but of 128 rows
-// it is slower: 18.9 for 14.4).
+// run, which wgmma can't read, but mma.sync can, beside the wgmma of x·W (0.5 less; but of 128 rows
+// it is slower: 19.8 for 14.4).
 //
 // A block has 64 columns of y and 64 or 128 rows, or 128 of each. Where that leaves half of the
 // multiprocessors idle, two blocks, a cluster, share the depth. Each adds the rank's part of its
@@ -42,7 +42,7 @@ template <class Element, int tile_rows, int tile_columns, int tile_ranks, bool t
 struct Few {
   static constexpr int kRows = tile_rows, kColumns = tile_columns, kRanks = tile_ranks;
   // Of a tile. (An H200, 4096→4096, rank 16: 16 rows 11.5 µs, 12.1 with 64, 64 rows 12.3 and 13.4;
-  // 128 rows need more stages: 17 to 19, and 14.4 with 64.)
+  // 128 rows need more stages: transposed 16.8, and 13.4 with 64.)
   static constexpr int kDepth = kRows == 64 && kRanks <= 32 ? 128 : 64;
   using RowMajor = cutlass::layout::RowMajor;
   using LayoutW = std::conditional_t<transposed, cutlass::layout::ColumnMajor, RowMajor>;
