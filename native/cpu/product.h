@@ -20,8 +20,8 @@ namespace jax_fused_lora {
 // since W is packed once for each range of rows and the rows for each range of columns, but two or
 // more for each thread, and of more than two threads up to four: they are not equally fast, and all
 // wait for the last (16 threads, float32, rank 16, four over two for each: 2048×2048 0.81, with the
-// backward pass 0.85, 512×2048 0.86, 512×1024 with it 0.97; 8 threads 1.00, 512×1024 0.83; 4 threads
-// 1.00 to 0.92; but 2 threads, 12 shapes, 0.98 to 1.03).
+// backward pass 0.85, 512×2048 0.86, 512×1024 with it 0.97; 8 threads 1.00, 512×1024 0.83; 4
+// threads 1.00 to 0.92; but 2 threads, 12 shapes, 0.98 to 1.03).
 struct Tiling {
   int64_t rows, columns;  // of a block
   int64_t row_ranges, column_ranges;
