@@ -125,7 +125,7 @@ _FORWARD = {
     "bfloat16": _ANY,
     "float32 on AVX-512": _ANY._replace(rank_one=_RANK_ONE_FORWARD),
     "bfloat16 on AMX": _Limits(16, 256),
-    "bfloat16 on AVX-512": _Limits(24, 25, small=1 << 23, large=1 << 25),
+    "bfloat16 on AVX-512": _Limits(24, 25, small=1 << 24, large=1 << 25),
 }
 _BACKWARD = {
     "float32": _Limits(64, 65, _RANK_ONE_BACKWARD),

@@ -226,7 +226,7 @@ def test_who_multiplies_many_rows_on_a_cpu(dtype, flags, form, monkeypatch):
         (31, 512, "kernel", "kernel"),
         (64, 512, "xla", "base"),
         (128, 512, "base", "base"),
-        (127, 256, "kernel", "kernel"),
+        (255, 256, "kernel", "kernel"),
         (256, 256, "xla", "base"),
     ],
 )
