@@ -242,12 +242,13 @@ def _row_slices(m: int, r: int, form: str) -> int:
     """Row slices that sum dA and dB separately: one a core, none of fewer than 32 rows.
 
     Else one, which takes no sums beside the result: dA and dB are then cut by columns, and the rows
-    read again. Without W that is slower (16 cores, float32, rank 16, 512x1024 1.58 of the time,
-    2048x2048 1.59; 4 cores 1.18 and 1.23); but of few rows, in the second cache, it is not: on Zen
-    4, two cores, rank 8, 64 rows take 97 -> 77 us with two slices, 128 rows 153 -> 121, rank 16 129
-    -> 119 and 224 -> 197, rank 64 as long. With W, 256 to 2048 rows, ranks 8 to 64, it takes 1.00
-    to 1.04 on two cores, 0.97 to 1.04 on four and 0.92 to 1.05 on 16, where the slices would be 16
-    times A and B; so only two cores have two.
+    read again. Of fewer rows than here they are read from the second cache, and that takes as long.
+    Without W, forward and backward, float32, more rows take longer with one (rank 16, 512×1024 1.58
+    on 16 cores and 1.18 on 4, 2048×2048 1.59 and 1.23), and up to rank 16 fewer do, too (Zen 4, two
+    cores, rank 8, 64 rows 77 µs with two and 97 with one, 128 rows 121 and 153, rank 16 119 and
+    129, 197 and 224; rank 64 as long). With W, 256 to 2048 rows, ranks 8 to 64, one takes 1.00 to
+    1.04 of the time on two cores, 0.97 to 1.04 on 4 and 0.92 to 1.05 on 16, where the sums would
+    have 16 times the size of A and B; so only two cores have two.
     """
     cores = os.cpu_count() or 1
     if form != "delta" and cores > 2:
