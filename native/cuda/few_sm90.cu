@@ -13,9 +13,15 @@
 // it is slower: 19.8 for 14.4).
 //
 // A block has 64 columns of y and 64 or 128 rows, or 128 of each. Where that leaves half of the
-// multiprocessors idle, two blocks, a cluster, share the depth. Each adds the rank's part of its
-// own h, the product being linear; then they exchange halves of y, by registers: a thread of one
-// block has what the same thread of the other has.
+// multiprocessors idle, or more, two or four blocks, a cluster, share the depth. Each adds the
+// rank's part of its own h, the product being linear; then they exchange shares of y, by registers:
+// a thread of one block has what the same thread of another has. How many they are is a constant:
+// the exchange is run once, and its code has to come from memory (with the number as an argument
+// there were 830 more instructions, and 16 rows of 4096→4096 took 13.5 µs, not 12).
+//
+// A block takes 0.4 µs for 128 of the depth, be there ever so few blocks. Not faster (16 rows of
+// 4096→1024, then 11.2 µs): two warpgroups that take turns at the tiles, 11.5, and room for 16 rows
+// of x instead of 64, so eight stages instead of five, 11.1.
 #include "cute/tensor.hpp"
 #include "cutlass/arch/barrier.h"
 #include "cutlass/cutlass.h"
@@ -38,8 +44,10 @@ constexpr int64_t kMostRows = 128, kMostRanks = 64;
 constexpr int64_t kMoreRows = 256, kMoreRanks = 32, kMoreColumns = 33 * 128;
 constexpr int kMostShared = 227 * 1024;
 
-template <class Element, int tile_rows, int tile_columns, int tile_ranks, bool transposed>
+template <class Element, int tile_rows, int tile_columns, int tile_ranks, int tile_parts,
+          bool transposed>
 struct Few {
+  static constexpr int kParts = tile_parts;  // blocks of a cluster, or one
   static constexpr int kRows = tile_rows, kColumns = tile_columns, kRanks = tile_ranks;
   // Of a tile. (An H200, 4096→4096, rank 16: 16 rows 11.5 µs, 12.1 with 64, 64 rows 12.3 and 13.4;
   // 128 rows need more stages: transposed 16.8, and 13.4 with 64.)
@@ -49,11 +57,13 @@ struct Few {
   static constexpr int kGroups = kRows / 64;  // warpgroups that multiply
   static constexpr bool kRun = !transposed && kRanks == 16 && kRows == 64;  // A as it lies
   static constexpr int kMultiply = kGroups * 128, kThreads = kMultiply + 32;
-  // What a thread sends to the other block: half of its sums of y, and those of h.
-  static constexpr int kHalf = kColumns / 4, kOfH = kRanks / 2;
+  // A thread's sums, in fours, of which each block of a cluster ends with a share, or, where the
+  // blocks are more, every other block with one; and the fours that the others send it.
+  static constexpr int kOfY = kColumns / 8, kOfH = kRanks / 8;
+  static constexpr int Share(int fours) { return std::max(1, fours / kParts); }
+  static constexpr int kReceived = (kParts - 1) * (Share(kOfY) + Share(kOfH));
   static constexpr int kStageBytes = (kRows + kColumns + kRanks) * kDepth * 2;
-  static constexpr int kOtherBytes =
-      kRanks * kColumns * 2 + (kHalf + kOfH) * 4 * kMultiply + 4 * 1024;
+  static constexpr int kOtherBytes = kRanks * kColumns * 2 + kReceived * 16 * kMultiply + 4 * 1024;
   static constexpr int kStages = std::min(12, (kMostShared - kOtherBytes) / kStageBytes);
 
   // CUTLASS calls the left operand (x) A and the right one, be it W, A or B, B.
@@ -79,7 +89,7 @@ struct Few {
     alignas(1024) Element w[kStages * kColumns * kDepth];
     alignas(1024) Element a[kStages * kRanks * kDepth];
     alignas(1024) Element b[kRanks * kColumns];
-    float4 exchange[(kHalf + kOfH) / 4][kMultiply];
+    float4 exchange[kReceived][kMultiply];
     cutlass::arch::ClusterTransactionBarrier filled[kStages], b_filled, exchanged;
     cutlass::arch::ClusterBarrier read[kStages];
   };
@@ -162,9 +172,14 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
   auto& storage = *reinterpret_cast<typename Few::Storage*>(memory);
   const int thread = threadIdx.x;
   const bool fetches = thread >= Few::kMultiply;
-  const int part = p.parts == 2 ? blockIdx.x % 2 : 0;
-  const int column_tile = p.parts == 2 ? blockIdx.x / 2 : blockIdx.x;
-  const bool tells_h = column_tile == 0 && part == 0;
+  constexpr int kParts = Few::kParts, kOfY = Few::kOfY, kOfH = Few::kOfH;
+  constexpr int kShareOfY = Few::Share(kOfY), kShareOfH = Few::Share(kOfH);
+  const bool shared = p.parts > 1;
+  const int part = shared ? blockIdx.x % kParts : 0;
+  const int column_tile = shared ? blockIdx.x / kParts : blockIdx.x;
+  const bool tells_h = column_tile == 0;
+  const auto owner_of_y = [](int i) { return i * kParts / kOfY; };
+  const auto owner_of_h = [](int i) { return i * kParts / kOfH; };
   const int all_tiles = (p.in + kDepth - 1) / kDepth, share = (all_tiles + p.parts - 1) / p.parts;
   const int first = part * share, tiles = max(0, min(share, all_tiles - first));
   // The last tile's rows begin earlier, if they are fewer: zeros for what lies beyond the rows take
@@ -178,16 +193,18 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
     prefetch_tma_descriptor(p.b.get_tma_descriptor());
     for (int i = 0; i < kStages; ++i) {
       storage.filled[i].init(1);
-      storage.read[i].init(Few::kMultiply / 32);
+      storage.read[i].init(Few::kRun ? Few::kMultiply : Few::kMultiply / 32);
     }
     storage.b_filled.init(1);
     storage.exchanged.init(1);
     cutlass::arch::fence_barrier_init();
   }
-  if (p.parts == 2) {
+  if (shared) {
     if (thread == Few::kMultiply) {
-      const int warps = (p.rows_of_tile + 15) / 16, sums = Few::kHalf + tells_h * Few::kOfH;
-      storage.exchanged.arrive_and_expect_tx(warps * 32 * sums * 4);
+      const bool ends_with_h = tells_h && part * kOfH % kParts == 0;
+      const int fours = (kParts - 1) * (kShareOfY + ends_with_h * kShareOfH);
+      const int warps = (p.rows_of_tile + 15) / 16;
+      storage.exchanged.arrive_and_expect_tx(warps * 32 * fours * sizeof(float4));
     }
     cute::cluster_arrive();  // this block has begun
   }
@@ -250,7 +267,7 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
       }
     }
     __syncwarp();
-    if (p.parts == 2) cute::cluster_wait();
+    if (shared) cute::cluster_wait();
     return;
   }
 
@@ -308,8 +325,10 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
     warpgroup_wait<kPending>();
     warpgroup_fence_operand(y);
     warpgroup_fence_operand(h);
-    if constexpr (Few::kRun) __syncwarp();  // all lanes have read, not lane 0 alone
-    if (i >= kPending && lane == 0) storage.read[(stage + kStages - kPending) % kStages].arrive();
+    // Of a run each lane tells of its own reads; wgmma's are the warpgroup's.
+    if (i >= kPending && (Few::kRun || lane == 0)) {
+      storage.read[(stage + kStages - kPending) % kStages].arrive();
+    }
     if (++stage == kStages) stage = 0, ++turn;
   }
   warpgroup_wait<0>();
@@ -349,57 +368,58 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
     warpgroup_fence_operand(y);
   }
 
-  // The first block of a cluster ends with the first half of y and with h, the second with the
-  // second half.
-  if (p.parts == 2) cute::cluster_wait();  // the other block has begun
+  // Each block of a cluster ends with a share of y and, of the first columns, of h.
+  if (shared) cute::cluster_wait();  // the other blocks have begun
   if (!some_rows) return;
-  if (p.parts == 2) {
-    const uint32_t there =
-        cute::set_block_rank(SharedAddress(&storage.exchange[0][thread]), part ^ 1);
-    const uint32_t barrier = cute::set_block_rank(SharedAddress(&storage.exchanged), part ^ 1);
-    const auto send = [&](int i, float v0, float v1, float v2, float v3) {
+  if (shared) {
+    constexpr int kFirstOfH = (kParts - 1) * kShareOfY;
+    const uint32_t exchange = SharedAddress(&storage.exchange[0][thread]);
+    const uint32_t exchanged = SharedAddress(&storage.exchanged);
+    // From one block to another goes what is `part ^ other` - 1 among what that one is sent.
+    const auto send = [&](const auto& sums, int i, int owner, int first, int share) {
+      const int place = first + ((part ^ owner) - 1) * share + i % share;
+      const uint32_t there = exchange + place * static_cast<uint32_t>(sizeof(storage.exchange[0]));
       asm volatile(
           "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], "
-          "{%1, %2, %3, %4}, [%5];" ::"r"(there +
-                                          i * static_cast<int>(sizeof(storage.exchange[0]))),
-          "f"(v0), "f"(v1), "f"(v2), "f"(v3), "r"(barrier)
+          "{%1, %2, %3, %4}, [%5];" ::"r"(cute::set_block_rank(there, owner)),
+          "f"(sums(i * 4)), "f"(sums(i * 4 + 1)), "f"(sums(i * 4 + 2)), "f"(sums(i * 4 + 3)),
+          "r"(cute::set_block_rank(exchanged, owner))
           : "memory");
     };
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < Few::kHalf; i += 4) {
+    const auto add = [&](auto& sums, int i, int first, int share) {
       CUTLASS_PRAGMA_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int j = half * Few::kHalf + i;
-        if (half != part) send(i / 4, y(j), y(j + 1), y(j + 2), y(j + 3));
+      for (int other = 0; other < kParts - 1; ++other) {
+        const float4 sent = storage.exchange[first + other * share + i % share][thread];
+        sums(i * 4) += sent.x, sums(i * 4 + 1) += sent.y;
+        sums(i * 4 + 2) += sent.z, sums(i * 4 + 3) += sent.w;
       }
-    }
-    if (column_tile == 0 && part == 1) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < Few::kOfH; i += 4) {
-        send((Few::kHalf + i) / 4, h(i), h(i + 1), h(i + 2), h(i + 3));
-      }
-    }
-    WaitInCluster(SharedAddress(&storage.exchanged));
-    const auto add = [&](auto& sums, int j, int i) {
-      const float4 other = storage.exchange[i][thread];
-      sums(j) += other.x, sums(j + 1) += other.y, sums(j + 2) += other.z, sums(j + 3) += other.w;
     };
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < Few::kHalf; i += 4) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        if (half == part) add(y, half * Few::kHalf + i, i / 4);
-      }
+    for (int i = 0; i < kOfY; ++i) {
+      if (owner_of_y(i) != part) send(y, i, owner_of_y(i), 0, kShareOfY);
     }
     if (tells_h) {
       CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < Few::kOfH; i += 4) add(h, i, (Few::kHalf + i) / 4);
+      for (int i = 0; i < kOfH; ++i) {
+        if (owner_of_h(i) != part) send(h, i, owner_of_h(i), kFirstOfH, kShareOfH);
+      }
+    }
+    WaitInCluster(exchanged);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kOfY; ++i) {
+      if (owner_of_y(i) == part) add(y, i, 0, kShareOfY);
+    }
+    if (tells_h) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kOfH; ++i) {
+        if (owner_of_h(i) == part) add(h, i, kFirstOfH, kShareOfH);
+      }
     }
   }
 
   CUTLASS_PRAGMA_UNROLL
   for (int block = 0; block < kColumns / 8; ++block) {
-    if (p.parts == 2 && block / (kColumns / 16) != part) continue;
+    if (shared && owner_of_y(block) != part) continue;
     const int column = column_tile * kColumns + block * 8 + t * 2;
     if (column >= p.out) continue;
     float bias[2] = {};
@@ -423,7 +443,8 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
     for (int i = 0; i < size(h); ++i) {
       const int row = in_tile + g + i / 2 % 2 * 8;
       const int rank = i / 4 * 8 + t * 2 + i % 2;
-      if (row >= p.rows_of_tile || rank >= p.rank) continue;
+      if ((shared && owner_of_h(i / 4) != part) || row >= p.rows_of_tile || rank >= p.rank)
+        continue;
       p.h[int64_t{first_row + row} * p.rank + rank] = h(i);
     }
   }
@@ -453,15 +474,15 @@ bool MapRows(const void* x, int m, int k, int rows, CUtensorMap* map) {
              CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-template <class Element, int kRows, int kColumns, int kRanks, bool transposed>
+template <class Element, int kRows, int kColumns, int kRanks, int kParts, bool transposed>
 cudaError_t LaunchFew(const Gemm& gemm, const GemmShrink& shrink, int multiprocessors,
                       cudaStream_t stream) {
-  using Own = Few<Element, kRows, kColumns, kRanks, transposed>;
+  using Own = Few<Element, kRows, kColumns, kRanks, kParts, transposed>;
   using OfW = typename Own::OfW;
   const int m = static_cast<int>(gemm.m), k = static_cast<int>(gemm.k),
             n = static_cast<int>(gemm.n), r = static_cast<int>(gemm.r);
   const int64_t column_tiles = CeilDiv(gemm.n, kColumns), row_tiles = CeilDiv(gemm.m, kRows);
-  const int parts = column_tiles * row_tiles * 2 <= multiprocessors ? 2 : 1;
+  const int parts = column_tiles * row_tiles * kParts <= multiprocessors ? kParts : 1;
   const int rows_of_tile = static_cast<int>(CeilDiv(gemm.m, row_tiles));
   CUtensorMap x;
   if (!MapRows<Element>(gemm.x, m, k, rows_of_tile, &x)) return cudaErrorUnknown;
@@ -492,20 +513,29 @@ cudaError_t LaunchFew(const Gemm& gemm, const GemmShrink& shrink, int multiproce
 template <class Element, bool transposed>
 cudaError_t LaunchTile(const Gemm& gemm, const GemmShrink& shrink, int multiprocessors,
                        cudaStream_t stream) {
-  const auto with_ranks = [&](auto rows, auto columns) {
+  const auto with_ranks = [&](auto rows, auto columns, auto parts) {
     const auto launch = [&](auto ranks) {
       return LaunchFew<Element, decltype(rows)::value, decltype(columns)::value,
-                       decltype(ranks)::value, transposed>(gemm, shrink, multiprocessors, stream);
+                       decltype(ranks)::value, decltype(parts)::value, transposed>(
+          gemm, shrink, multiprocessors, stream);
     };
     if (gemm.r <= 16) return launch(Int<16>{});
     return gemm.r <= 32 ? launch(Int<32>{}) : launch(Int<64>{});
   };
-  if (gemm.m <= 64) return with_ranks(Int<64>{}, Int<64>{});
+  if (gemm.m <= 64) {
+    // Where clusters of four fit side by side: 32 of them do not, of 132 multiprocessors, and take
+    // twice as long. And where the depth is worth their exchange (16 rows, µs, with two and with
+    // four: 4096→1024 8.8 and 7.2, 2048→512 6.3 and 5.3, 4096→1536 9.3 and 8.0).
+    const bool narrow = CeilDiv(gemm.n, 64) * 4 <= multiprocessors * 3 / 4 && gemm.k > 1024;
+    return narrow ? with_ranks(Int<64>{}, Int<64>{}, Int<4>{})
+                  : with_ranks(Int<64>{}, Int<64>{}, Int<2>{});
+  }
   // Wide ones read x half as often (256 rows of 4096: 23.2 µs, not 24.9), narrow ones fill the GPU
   // where there are few (256 rows of 2048: 9.9, not 12.5).
   const bool wide =
       gemm.m > kMostRows && CeilDiv(gemm.m, 128) * CeilDiv(gemm.n, 64) * 2 > multiprocessors;
-  return wide ? with_ranks(Int<128>{}, Int<128>{}) : with_ranks(Int<128>{}, Int<64>{});
+  return wide ? with_ranks(Int<128>{}, Int<128>{}, Int<2>{})
+              : with_ranks(Int<128>{}, Int<64>{}, Int<2>{});
 }
 
 }  // namespace
