@@ -16,12 +16,12 @@
 // multiprocessors idle, or more, two or four blocks, a cluster, share the depth. Each adds the
 // rank's part of its own h, the product being linear; then they exchange shares of y, by registers:
 // a thread of one block has what the same thread of another has. How many they are is a constant:
-// the exchange is run once, and its code has to come from memory (with the number as an argument
-// there were 830 more instructions, and 16 rows of 4096→4096 took 13.5 µs, not 12).
+// as an argument it made 830 more instructions, and 16 rows of 4096→4096 took 13.5 µs, not 12
+// (presumably as the exchange runs once, and its code has to come from memory).
 //
-// A block takes 0.4 µs for 128 of the depth, be there ever so few blocks. Not faster (16 rows of
-// 4096→1024, then 11.2 µs): two warpgroups that take turns at the tiles, 11.5, and room for 16 rows
-// of x instead of 64, so eight stages instead of five, 11.1.
+// A block takes 0.4 µs for 128 of the depth, be there ever so few blocks. Not faster, in that
+// slower build (16 rows of 4096→1024, 11.2 µs with two blocks): two warpgroups that take turns at
+// the tiles, 11.5, and room for 16 rows of x instead of 64, so eight stages instead of five, 11.1.
 #include "cute/tensor.hpp"
 #include "cutlass/arch/barrier.h"
 #include "cutlass/cutlass.h"
@@ -443,8 +443,9 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
     for (int i = 0; i < size(h); ++i) {
       const int row = in_tile + g + i / 2 % 2 * 8;
       const int rank = i / 4 * 8 + t * 2 + i % 2;
-      if ((shared && owner_of_h(i / 4) != part) || row >= p.rows_of_tile || rank >= p.rank)
+      if ((shared && owner_of_h(i / 4) != part) || row >= p.rows_of_tile || rank >= p.rank) {
         continue;
+      }
       p.h[int64_t{first_row + row} * p.rank + rank] = h(i);
     }
   }
@@ -523,9 +524,10 @@ cudaError_t LaunchTile(const Gemm& gemm, const GemmShrink& shrink, int multiproc
     return gemm.r <= 32 ? launch(Int<32>{}) : launch(Int<64>{});
   };
   if (gemm.m <= 64) {
-    // Where clusters of four fit side by side: 32 of them do not, of 132 multiprocessors, and take
-    // twice as long. And where the depth is worth their exchange (16 rows, µs, with two and with
-    // four: 4096→1024 8.8 and 7.2, 2048→512 6.3 and 5.3, 4096→1536 9.3 and 8.0).
+    // Where clusters of four fit side by side: 32 of them, on 132 multiprocessors, took 12.8 µs for
+    // 16 rows of 2048→2048, and two blocks a tile 8.5. And where the depth is worth their exchange
+    // (16 rows, µs, with two and with four: 4096→1024 8.8 and 7.2, 2048→512 6.3 and 5.3, 4096→1536
+    // 9.3 and 8.0; 1024→1024 6.5 and 6.4, transposed 5.9 and 6.1).
     const bool narrow = CeilDiv(gemm.n, 64) * 4 <= multiprocessors * 3 / 4 && gemm.k > 1024;
     return narrow ? with_ranks(Int<64>{}, Int<64>{}, Int<4>{})
                   : with_ranks(Int<64>{}, Int<64>{}, Int<2>{});
