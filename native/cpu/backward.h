@@ -44,7 +44,7 @@ class Backward {
     if (c_.dx && !product_) {
       at_ = Widened(c_.a, c_.dtype, true, c_.r, c_.k, Widened::kPacked, space);
     }
-    if (need_t_ && c_.b_dtype != ffi::DataType::F32) {
+    if (need_t_ && c_.b_dtype != ffi::DataType::F32 && !b_as_is_) {
       b_ = Widened(c_.b, c_.b_dtype, false, c_.r, c_.n, Widened::kRowMajor, space);
     }
     const int64_t count = c_.batch.count;
@@ -99,7 +99,6 @@ class Backward {
     const void* g = c_.g.At(c_.batch, element);
     const float* h = c_.h.At(c_.batch, element);
     const float* base = c_.base.At(c_.batch, element);
-    const float* b = Floats(c_.b, b_, c_.batch, element);
     void* dx = c_.dx.At(c_.batch, element);
     float* da = da_slices_ ? da_slices_ + unit * c_.r * c_.k : nullptr;
     float* db = SliceOfB(element, range);
@@ -115,7 +114,12 @@ class Backward {
       const void* gm = At(g, m0 * c_.n, c_.dtype);
       const void* xm = At(x, m0 * c_.k, c_.dtype);
       float* tm = t_ ? t_ + (element * c_.m + m0) * c_.r : nullptr;
-      if (need_t_) kernels_.shrink(gm, rows, c_.n, b, c_.r, c_.scaling, tm, scratch);
+      if (b_as_is_) {
+        kernels_.shrink_as_is(gm, rows, c_.n, c_.b.At(c_.batch, element), c_.r, c_.scaling, tm);
+      } else if (need_t_) {
+        const float* b = Floats(c_.b, b_, c_.batch, element);
+        kernels_.shrink(gm, rows, c_.n, b, c_.r, c_.scaling, tm, scratch);
+      }
       if (db) {
         kernels_.outer(hm, c_.r, rows, c_.r, gm, c_.n, c_.n, c_.scaling, add, db, c_.n, scratch);
       }
@@ -234,6 +238,7 @@ class Backward {
   const Kernels& kernels_ = KernelsFor(c_.dtype);
   const bool product_ = c_.dx && c_.form == Form::kKernel;
   const bool need_t_ = c_.dx || c_.da;
+  const bool b_as_is_ = need_t_ && kernels_.shrink_as_is && c_.b_dtype == c_.dtype;
   const bool sliced_ = c_.slices > 1;  // else whoever has columns of dA or dB sums all rows
   const int64_t first_in_db_ = c_.b_dtype == ffi::DataType::F32;  // of the slices, 0 or 1
 

@@ -12,6 +12,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "hwy/cache_control.h"
 #include "hwy/highway.h"
@@ -33,6 +34,16 @@ constexpr size_t kLanes = HWY_LANES(float);
 // Whether a load or store under a mask leaves the memory of the other lanes alone.
 constexpr bool kMasksFloats = HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2;
 constexpr bool kMasksHalves = HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3;
+
+// AVX512-BF16 multiplies pairs of bfloat16, and rounds to it. Its instructions are written out:
+// the older Highways that we support have no set with them.
+// They take subnormal numbers for zero, as any arithmetic does in XLA's threads.
+#undef JAX_FUSED_LORA_PAIRS  // differs from one instruction set to the next
+#if HWY_ARCH_X86_64 && HWY_TARGET == HWY_AVX3 && (HWY_COMPILER_GCC || HWY_COMPILER_CLANG)
+#define JAX_FUSED_LORA_PAIRS 1
+#else
+#define JAX_FUSED_LORA_PAIRS 0
+#endif
 
 #undef JAX_FUSED_LORA_HARDWARE_F16  // differs from one instruction set to the next
 // F16C (AVX2 and newer) and Arm convert float16 in hardware, correctly rounded.
@@ -150,6 +161,60 @@ HWY_INLINE void StoreFloatN(VF v, T* to, size_t n) {
   HWY_ALIGN T lanes[kLanes];
   StoreFloat(v, lanes);
   for (size_t i = 0; i < n; ++i) to[i] = lanes[i];
+}
+
+// Pairs of bfloat16: each lies where a float32 would.
+
+#if JAX_FUSED_LORA_PAIRS
+
+// sum + the two products of each of x's pairs with y's.
+HWY_INLINE VF MulAddPairs(VF x, VF y, VF sum) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum.raw) : "v"(x.raw), "v"(y.raw));
+  return sum;
+}
+
+// A bfloat16 that the CPU rounds: a step fewer than ten. (`lora_forward`, Zen 4, 2048×1024, rank
+// 16, 900 → 780 to 940 µs, 512×1024, rank 8, 180 → 127.)
+struct Rounded {
+  hwy::bfloat16_t value;
+};
+HWY_INLINE void StoreFloat(VF v, Rounded* to) {
+  decltype(hn::LowerHalf(v).raw) rounded;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(v.raw));
+  std::memcpy(to, &rounded, sizeof rounded);
+}
+
+#endif  // JAX_FUSED_LORA_PAIRS
+
+// An element of one row and the one below it.
+HWY_INLINE VF PairUp(const hwy::bfloat16_t* upper, const hwy::bfloat16_t* lower) {
+  const VU lower_bits = hn::BitCast(DU(), LoadFloat(lower));
+  return hn::BitCast(DF(), hn::Or(LoadBits(upper), lower_bits));
+}
+// The first n ≤ kLanes of them, and zeros.
+HWY_INLINE VF PairUpN(const hwy::bfloat16_t* upper, const hwy::bfloat16_t* lower, size_t n) {
+  const VU upper_bits = hn::BitCast(DU(), LoadFloatN(upper, n));
+  const VU lower_bits = hn::BitCast(DU(), LoadFloatN(lower, n));
+  return hn::BitCast(DF(), hn::Or(hn::ShiftRight<16>(upper_bits), lower_bits));
+}
+
+// Pairs that lie along a row.
+HWY_INLINE VF LoadPairs(const hwy::bfloat16_t* from) {
+  const hn::Repartition<uint16_t, DF> d;
+  return hn::BitCast(DF(), hn::LoadU(d, reinterpret_cast<const uint16_t*>(from)));
+}
+// The first n elements, and zeros.
+HWY_INLINE VF LoadPairsN(const hwy::bfloat16_t* from, size_t n) {
+  const hn::Repartition<uint16_t, DF> d;
+  const auto* bits = reinterpret_cast<const uint16_t*>(from);
+  return hn::BitCast(DF(), hn::MaskedLoad(hn::FirstN(d, n), d, bits));
+}
+
+// n bfloat16 of a row. Of an odd number the last is left as a float32, or a pair with a zero
+// before.
+HWY_INLINE void CopyPairs(const hwy::bfloat16_t* from, size_t n, float* to) {
+  std::memcpy(to, from, n / 2 * sizeof *to);
+  if (n % 2 != 0) StoreFloatN(LoadFloatN(from + n - 1, 1), to + n / 2, 1);
 }
 
 // Asks for the cache line at an address, which may lie outside of any array.

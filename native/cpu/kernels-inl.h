@@ -39,6 +39,30 @@ Rows<const float> Widened(const T* x, size_t row, size_t m, size_t depth, float*
   }
 }
 
+// Elements of a row that one step of a product multiplies, and its depth of `n` of them.
+template <bool kPairs>
+constexpr size_t kTogether = kPairs ? 2 : 1;
+template <bool kPairs>
+HWY_INLINE auto DepthOf(size_t n) {
+  if constexpr (kPairs) {
+    return PairsFirst{n / 2, n / 2 + n % 2};
+  } else {
+    return n;
+  }
+}
+
+// m rows of `depth` elements for such a product: as float32, or as pairs in `to`.
+template <bool kPairs, class T>
+Rows<const float> Steps(const T* x, size_t row, size_t m, size_t depth, float* to) {
+  if constexpr (kPairs) {
+    const size_t steps = depth / 2 + depth % 2;
+    for (size_t i = 0; i < m; ++i) CopyPairs(x + i * row, depth, to + i * steps);
+    return {to, steps};
+  } else {
+    return Widened(x, row, m, depth, to);
+  }
+}
+
 // One row of h += x · a, `depth` elements of x. Lanes lie along the rank.
 //
 // A rank that divides a vector: a vector is whole rows of A, each lane times its row's x. A layer
@@ -146,20 +170,21 @@ void ShrinkFew(const void* x_, size_t m, size_t k, const void* a_, size_t r, flo
   }
 }
 
-template <size_t kRows, size_t kVecs, bool kAsk, class T>
+template <size_t kRows, size_t kVecs, bool kAsk, bool kPairs, class T>
 void ShrinkVectors(const T* x, size_t m, size_t k, const T* a, size_t r, float* h,
                    Scratch* scratch) {
   using Soon = Ahead<1>;
   constexpr size_t kWidth = kVecs * kLanes, kSoon = 32;  // columns, rows
-  constexpr size_t kLines = (kWidth * sizeof(T) + Soon::kLine - 1) / Soon::kLine;
+  constexpr size_t kLines =
+      (kWidth * sizeof(T) + Soon::kLine - 1) / Soon::kLine * kTogether<kPairs>;
   for (size_t i = 0; i < m; i += kRows) {
     const size_t rows = std::min(kRows, m - i);
     const Rows<float> to = {h + i * r, r};
     for (size_t p = 0; p < k; p += kDepth) {
       const size_t depth = std::min(kDepth, k - p);
-      const Rows<const float> xf = Widened(x + i * k + p, k, rows, depth, scratch->rows);
+      const Rows<const float> xf = Steps<kPairs>(x + i * k + p, k, rows, depth, scratch->rows);
       const auto multiply = [&](size_t s, size_t ranks, auto ahead) HWY_ATTR {
-        Nn<T, float, kRows, kVecs>(rows, ranks, depth, {xf.data, xf.row, 1},
+        Nn<T, float, kRows, kVecs>(rows, ranks, DepthOf<kPairs>(depth), {xf.data, xf.row, 1},
                                    Panels<const T>::RowMajor(a + p * r + s, r, kPanel), 1.0f,
                                    {p == 0 ? nullptr : to.data + s, r}, {to.data + s, r}, nullptr,
                                    ahead);
@@ -181,13 +206,13 @@ void ShrinkVectors(const T* x, size_t m, size_t k, const T* a, size_t r, float* 
 // of few rows: 8 rows of 1024, rank 64, Sapphire Rapids, one thread, not asked for, 8, 16 and 32
 // rows ahead 30, 22, 17 and 15 µs. (On AMD's cores, where W's few rows lost by it, it was not
 // measured.)
-template <class T>
+template <class T, bool kPairs>
 void ShrinkPanels(const void* x, size_t m, size_t k, const void* a, size_t r, float* h,
                   Scratch* scratch) {
   if (k == 0) std::fill_n(h, m * r, 0.0f);
-  const auto shrink = r % kPanel != 0 ? &ShrinkVectors<kFewNnRows, kFewNnVecs, false, T>
-                      : IsAmd()       ? &ShrinkVectors<kNnRows, kNnVecs, false, T>
-                                      : &ShrinkVectors<kNnRows, kNnVecs, true, T>;
+  const auto shrink = r % kPanel != 0 ? &ShrinkVectors<kFewNnRows, kFewNnVecs, false, kPairs, T>
+                      : IsAmd()       ? &ShrinkVectors<kNnRows, kNnVecs, false, kPairs, T>
+                                      : &ShrinkVectors<kNnRows, kNnVecs, true, kPairs, T>;
   shrink(static_cast<const T*>(x), m, k, static_cast<const T*>(a), r, h, scratch);
 }
 
@@ -305,16 +330,38 @@ void PackRows(Rows<const T> from, size_t rows, size_t columns, Panels<float> to,
   }
 }
 
-// Panels (columns, rows) = fromᵀ, from (rows, columns), columns ≤ kPanelDepth. As few rows at a
-// time as a square has, each read from end to end.
-template <class T>
+// Rows of bfloat16 into panels of pairs, which lie where a float32 would.
+inline void PackPairs(Rows<const hwy::bfloat16_t> from, size_t rows, size_t columns,
+                      Panels<float> to) {
+  for (size_t p = 0; p + 2 <= rows; p += 2) {
+    const hwy::bfloat16_t *upper = from.data + p * from.row, *lower = upper + from.row;
+    const auto at = [&](size_t j) HWY_ATTR { return InPanel(to, j) + p / 2 * to.row; };
+    size_t j = 0;
+    for (; j + kLanes <= columns; j += kLanes) StoreFloat(PairUp(upper + j, lower + j), at(j));
+    const size_t left = columns - j;
+    if (left > 0) StoreFloatN(PairUpN(upper + j, lower + j, left), at(j), left);
+  }
+  if (rows % 2 == 0) return;
+  PackRows<hwy::bfloat16_t>({from.data + (rows - 1) * from.row, from.row}, 1, columns,
+                            {to.data + rows / 2 * to.row, to.row, to.panel, to.width});
+}
+
+// Panels (columns, rows) = fromᵀ, from (rows, columns), of numbers or of pairs, of which there are
+// up to kPanelDepth. As few rows at a time as a square has, each read from end to end.
+template <bool kPairs, class T>
 void TurnRows(Rows<const T> from, size_t rows, size_t columns, Panels<float> to) {
-  constexpr size_t kRows = kLanes;
-  HWY_ALIGN float block[kRows * Scratch::kPanelDepth];
+  constexpr size_t kRows = kLanes, kRow = Scratch::kPanelDepth;
+  HWY_ALIGN float block[kRows * kRow];
   for (size_t i = 0; i < rows; i += kRows) {
     const size_t some = std::min(kRows, rows - i);
-    TransposeFloats(Widened(from.data + i * from.row, from.row, some, columns, block), some,
-                    columns, {InPanel(to, i), to.row});
+    const T* first = from.data + i * from.row;
+    const Rows<float> turned = {InPanel(to, i), to.row};
+    if constexpr (kPairs) {
+      for (size_t s = 0; s < some; ++s) CopyPairs(first + s * from.row, columns, block + s * kRow);
+      TransposeFloats({block, kRow}, some, (columns + 1) / 2, turned);
+    } else {
+      TransposeFloats(Widened(first, from.row, some, columns, block), some, columns, turned);
+    }
   }
 }
 
@@ -333,15 +380,41 @@ void Shrink(const void* x_, size_t m, size_t k, const float* at, size_t r, float
     for (size_t p = 0; p < k; p += kDepth) {
       const size_t depth = std::min(kDepth, k - p);
       const Rows<const float> xf = Widened(x + i * k + p, k, rows, depth, scratch->rows);
-      Nt<float>(rows, r, depth, xf, {at + p, k}, scale, p > 0, {h + i * r, r});
+      Nt<float, float>(rows, r, depth, xf, {at + p, k}, scale, p > 0, {h + i * r, r});
     }
   }
 }
 
+// The same of an `at` of bfloat16, by pairs.
 template <class T>
+void ShrinkAsIs(const void* x, size_t m, size_t k, const void* at, size_t r, float scale,
+                float* h) {
+  const T *rows = static_cast<const T*>(x), *columns = static_cast<const T*>(at);
+  if (k == 0) std::fill_n(h, m * r, 0.0f);
+  for (size_t i = 0; i < m; i += kNtRows) {
+    const size_t some = std::min(kNtRows, m - i);
+    for (size_t p = 0; p < k; p += 2 * kDepth) {
+      Nt<T, T>(some, r, std::min(2 * kDepth, k - p), {rows + i * k + p, k}, {columns + p, k}, scale,
+               p > 0, {h + i * r, r});
+    }
+  }
+}
+
+// What a kernel's result is stored as, which has T's bits.
+#if JAX_FUSED_LORA_PAIRS
+template <class T, bool kPairs>
+using Result = std::conditional_t<kPairs, Rounded, T>;
+#else
+template <class T, bool kPairs>
+using Result = T;
+#endif
+
+template <class T, bool kPairs>
 void Expand(const float* h, size_t m, size_t r, Panels<const float> b, size_t n, float scale,
             const float* init, size_t init_row, const float* bias, void* y, size_t y_row) {
-  Nn<float, T>(m, n, r, {h, r, 1}, b, scale, {init, init_row}, {static_cast<T*>(y), y_row}, bias);
+  using Out = Result<T, kPairs>;
+  Nn<float, Out>(m, n, r, {h, r, 1}, b, scale, {init, init_row}, {static_cast<Out*>(y), y_row},
+                 bias);
 }
 
 // g's rows lie far apart, and every tile of ranks reads them: for many ranks panels of g are packed
@@ -530,26 +603,34 @@ void StreamFew(const void* x_, size_t m, size_t k, size_t k0, size_t k1, const v
   }
 }
 
-template <class T>
+// W for a packed product, as numbers or, of bfloat16, as pairs.
+template <class T, bool kPairs_>
 struct Straight {
+  static constexpr bool kPairs = kPairs_;
   const T* w;  // (depth, columns), n apart
   size_t n;
 
   void operator()(size_t p, size_t j, size_t depth, size_t width, Panels<float> to) const {
-    PackRows<T>({w + p * n + j, n}, depth, width, to, kTilesAsk ? 0 : Scratch::kPanel);
+    const Rows<const T> from = {w + p * n + j, n};
+    if constexpr (kPairs) {
+      PackPairs(from, depth, width, to);
+    } else {
+      PackRows<T>(from, depth, width, to, kTilesAsk ? 0 : Scratch::kPanel);
+    }
   }
   Ahead<8> Soon(size_t p, size_t j, size_t, size_t width) const {
     return {w + p * n + j, n, width};
   }
 };
 
-template <class T>
+template <class T, bool kPairs_>
 struct Turned {
+  static constexpr bool kPairs = kPairs_;
   const T* w;  // (columns, depth), n apart
   size_t n;
 
   void operator()(size_t p, size_t j, size_t depth, size_t width, Panels<float> to) const {
-    TurnRows<T>({w + j * n + p, n}, width, depth, to);
+    TurnRows<kPairs, T>({w + j * n + p, n}, width, depth, to);
   }
   Ahead<8> Soon(size_t p, size_t j, size_t depth, size_t) const {
     return {w + j * n + p, n, depth};
@@ -591,16 +672,22 @@ void PackedProduct(const T* x, size_t m, size_t k, const Pack& pack, size_t colu
   // The last depth takes in a low-rank part of a usual size: tiles so shallow that they have little
   // more than that are slow (AVX-512, 512×1024, rank 16, float32, forward and backward: seven
   // depths of 144 and one of 32 took 1.07 of what seven of 128 and one of 144 take).
-  const size_t whole = k + low_rank.rank;
+  constexpr size_t kElements = kTogether<Pack::kPairs>;  // of x, in a step
+  const size_t steps_of_w = (k + kElements - 1) / kElements, whole = steps_of_w + low_rank.rank;
   const auto depth_at = [&](size_t p) { return whole - p <= kMost ? whole - p : kUsual; };
   size_t p = 0;
   do {
     const size_t depth = depth_at(p);
-    const size_t of_w = p < k ? std::min(depth, k - p) : 0, of_b = depth - of_w;
-    const size_t q = p + of_w - k;  // where of_b > 0, the first of these ranks
+    const size_t of_w = p < steps_of_w ? std::min(depth, steps_of_w - p) : 0, of_b = depth - of_w;
+    const size_t q = p + of_w - steps_of_w;  // where of_b > 0, the first of these ranks
+    const size_t p_of_w = p * kElements, depth_of_w = std::min(of_w * kElements, k - p_of_w);
     for (size_t i = 0; i < m; ++i) {
       float* row = scratch->rows + i * kRow;
-      if (of_w > 0) ToFloat(x + p + i * k, of_w, row);
+      if constexpr (Pack::kPairs) {
+        if (of_w > 0) CopyPairs(x + p_of_w + i * k, depth_of_w, row);
+      } else {
+        if (of_w > 0) ToFloat(x + p_of_w + i * k, depth_of_w, row);
+      }
       for (size_t s = 0; s < of_b; ++s) {
         row[of_w + s] = low_rank.scale * low_rank.h[i * low_rank.rank + q + s];
       }
@@ -608,7 +695,7 @@ void PackedProduct(const T* x, size_t m, size_t k, const Pack& pack, size_t colu
     for (size_t j = 0; j < columns; j += kWidth) {
       const size_t width = std::min(kWidth, columns - j);
       const auto panels = Panels<float>::Packed(scratch->panel, depth, kPanel);
-      if (of_w > 0) pack(p, j, of_w, width, panels);
+      if (of_w > 0) pack(p_of_w, j, depth_of_w, width, panels);
       if (of_b > 0) {
         low_rank.pack(q, j, of_b, width,
                       {panels.data + of_w * kPanel, panels.row, panels.panel, panels.width});
@@ -616,66 +703,79 @@ void PackedProduct(const T* x, size_t m, size_t k, const Pack& pack, size_t colu
       const Scalars rows = {scratch->rows, kRow, 1};
       float* sums = scratch->sums + j;
       const Rows<const float> init = {p == 0 ? nullptr : sums, columns};
-      const auto multiply = [&](auto ahead) HWY_ATTR {
+      const auto multiply = [&](auto steps, auto ahead) HWY_ATTR {
         if (p + depth < whole) {
-          Nn<float, float>(m, width, depth, rows, panels.Read(), 1.0f, init, {sums, columns},
+          Nn<float, float>(m, width, steps, rows, panels.Read(), 1.0f, init, {sums, columns},
                            nullptr, ahead);
         } else {
-          Nn<float, TO>(m, width, depth, rows, panels.Read(), 1.0f, init, {out.data + j, out.row},
+          Nn<float, TO>(m, width, steps, rows, panels.Read(), 1.0f, init, {out.data + j, out.row},
                         bias == nullptr ? nullptr : bias + j, ahead);
         }
       };
+      const auto begin = [&](auto ahead) HWY_ATTR {
+        if constexpr (Pack::kPairs) {
+          multiply(PairsFirst{of_w, depth}, ahead);
+        } else {
+          multiply(depth, ahead);
+        }
+      };
       const bool more = j + width < columns;
-      const size_t next_j = more ? j + width : 0, next_p = more ? p : p + depth;
+      const size_t next_j = more ? j + width : 0, next_p = (more ? p : p + depth) * kElements;
       if (kTilesAsk && next_p < k) {
-        const size_t next_depth = std::min(depth_at(next_p), k - next_p);
-        multiply(pack.Soon(next_p, next_j, next_depth, std::min(kWidth, columns - next_j)));
+        const size_t next_depth = std::min(depth_at(next_p / kElements) * kElements, k - next_p);
+        begin(pack.Soon(next_p, next_j, next_depth, std::min(kWidth, columns - next_j)));
       } else {
-        multiply(NothingAhead());
+        begin(NothingAhead());
       }
     }
     p += depth;
   } while (p < whole);
 }
 
-template <class T>
-Straight<T> Packing(const void* w, size_t n, size_t j0) {
+template <bool kPairs, class T>
+Straight<T, kPairs> Packing(const void* w, size_t n, size_t j0) {
   return {static_cast<const T*>(w) + j0, n};
 }
 
-template <class T>
-Turned<T> Turning(const void* w, size_t n, size_t k0) {
+template <bool kPairs, class T>
+Turned<T, kPairs> Turning(const void* w, size_t n, size_t k0) {
   return {static_cast<const T*>(w) + k0 * n, n};
 }
 
-template <class T>
+// Up to which rows W is multiplied as it lies where pairs can be: pairs are to be brought together,
+// and what lies in place is widened (bfloat16, Zen 4, 1024→1024, in place and packed: 9 rows 131
+// and 150 to 170 µs, 16 205 and 197, 32 404 and 310, 64 729 and 460).
+constexpr size_t kPairsInPlaceRows = 12;
+
+template <class T, bool kPairs>
 void Product(const void* x_, size_t m, size_t k, const void* w_, size_t n, size_t j0,
              size_t columns, float* out, Scratch* scratch) {
   const T* x = static_cast<const T*>(x_);
-  if (m > kInPlaceRows) {
-    return PackedProduct<T, float>(x, m, k, Packing<T>(w_, n, j0), columns, MoreDepth<>(), nullptr,
-                                   {out, columns}, scratch);
+  if (m > (kPairs ? kPairsInPlaceRows : kInPlaceRows)) {
+    return PackedProduct<T, float>(x, m, k, Packing<kPairs, T>(w_, n, j0), columns, MoreDepth<>(),
+                                   nullptr, {out, columns}, scratch);
   }
   MultiplyInPlace<T>(x, k, m, k, {static_cast<const T*>(w_) + j0, n}, columns, 1.0f, false,
                      {out, columns}, scratch);
 }
 
-template <class T>
+template <class T, bool kPairs>
 void Layer(const void* x, size_t m, size_t k, const void* w, size_t n, size_t j0, size_t columns,
            const LowRank& low_rank, const float* bias, void* y, size_t y_row, Scratch* scratch) {
   const MoreDepth<> part = {low_rank.h, low_rank.rank, {low_rank.b}, low_rank.scale};
-  PackedProduct<T, T>(static_cast<const T*>(x), m, k, Packing<T>(w, n, j0), columns, part, bias,
-                      {static_cast<T*>(y), y_row}, scratch);
+  using Out = Result<T, kPairs>;
+  PackedProduct<T, Out>(static_cast<const T*>(x), m, k, Packing<kPairs, T>(w, n, j0), columns, part,
+                        bias, {static_cast<Out*>(y), y_row}, scratch);
 }
 
 // Few rows: dot products with the rows of W, as they lie. More rows: panels of W are turned.
-template <class T>
+template <class T, bool kPairs>
 void ProductTransposed(const void* g_, size_t m, size_t n, const void* w_, size_t k0,
                        size_t columns, float* out, Scratch* scratch) {
   const T* g = static_cast<const T*>(g_);
   if (m > Scratch::kDepthRows) {
-    return PackedProduct<T, float>(g, m, n, Turning<T>(w_, n, k0), columns, MoreDepth<Turned<T>>(),
-                                   nullptr, {out, columns}, scratch);
+    return PackedProduct<T, float>(g, m, n, Turning<kPairs, T>(w_, n, k0), columns,
+                                   MoreDepth<Turned<T, false>>(), nullptr, {out, columns}, scratch);
   }
   const T* w = static_cast<const T*>(w_) + k0 * n;
   if (n == 0) std::fill_n(out, m * columns, 0.0f);
@@ -683,28 +783,36 @@ void ProductTransposed(const void* g_, size_t m, size_t n, const void* w_, size_
   for (size_t j = 0; j < columns; j += kWidth) {
     for (size_t p = 0; p < n; p += kDepth) {
       const size_t depth = std::min(kDepth, n - p);
-      Nt<T>(m, std::min(kWidth, columns - j), depth, Widened(g + p, n, m, depth, scratch->rows),
-            {w + j * n + p, n}, 1.0f, p > 0, {out + j, columns});
+      const auto multiply = [&](auto rows) HWY_ATTR {
+        Nt(m, std::min(kWidth, columns - j), depth, rows, Rows<const T>{w + j * n + p, n}, 1.0f,
+           p > 0, {out + j, columns});
+      };
+      if constexpr (kPairs) {
+        multiply(Rows<const T>{g + p, n});
+      } else {
+        multiply(Widened(g + p, n, m, depth, scratch->rows));
+      }
     }
   }
 }
 
-template <class T>
+template <class T, bool kPairs>
 void LayerTransposed(const void* g, size_t m, size_t n, const void* w, size_t k0, size_t columns,
                      const float* t, size_t r, const void* a, void* dx, size_t dx_row,
                      Scratch* scratch) {
-  const MoreDepth<Turned<T>> part = {t, r, Turning<T>(a, r, k0), 1.0f};
-  PackedProduct<T, T>(static_cast<const T*>(g), m, n, Turning<T>(w, n, k0), columns, part, nullptr,
-                      {static_cast<T*>(dx), dx_row}, scratch);
+  const MoreDepth<Turned<T, false>> part = {t, r, Turning<false, T>(a, r, k0), 1.0f};
+  using Out = Result<T, kPairs>;
+  PackedProduct<T, Out>(static_cast<const T*>(g), m, n, Turning<kPairs, T>(w, n, k0), columns, part,
+                        nullptr, {static_cast<Out*>(dx), dx_row}, scratch);
 }
 
 // As many ranks at a time as a panel has room for, summed in float32.
-template <class T>
+template <class T, bool kPairs>
 void ExpandTransposed(const float* t, size_t m, size_t r, const void* a, size_t k0, size_t columns,
                       const float* init, void* dx_, size_t dx_row, Scratch* scratch) {
-  T* dx = static_cast<T*>(dx_);
+  auto* dx = static_cast<Result<T, kPairs>*>(dx_);
   constexpr size_t kWidth = Scratch::kPanel, kMost = Scratch::kPanelDepth;
-  const Turned<T> turn = Turning<T>(a, r, k0);
+  const Turned<T, false> turn = Turning<false, T>(a, r, k0);
   for (size_t j = 0; j < columns; j += kWidth) {
     const size_t width = std::min(kWidth, columns - j);
     Rows<const float> before = {init + j, columns};
@@ -719,7 +827,7 @@ void ExpandTransposed(const float* t, size_t m, size_t r, const void* a, size_t 
       add(q, kMost, sums);
       before = {sums.data, sums.row};
     }
-    add(q, r - q, Rows<T>{dx + j, dx_row});
+    add(q, r - q, Rows<Result<T, kPairs>>{dx + j, dx_row});
   }
 }
 
@@ -758,39 +866,43 @@ void SumTransposed(const float* partial, size_t slices, size_t stride, size_t pa
   }
 }
 
-template <class T>
+template <class T, bool kPairs = false>
 constexpr Kernels Table() {
+  decltype(Kernels::shrink_as_is) as_is = nullptr;
+  if constexpr (kPairs) as_is = &ShrinkAsIs<T>;
   return {kPanel,
           kRankPanel,
           kProductColumns,
           kInPlaceRows,
           &ShrinkFew<T>,
-          &ShrinkPanels<T>,
+          &ShrinkPanels<T, kPairs>,
           &Transpose<T>,
           &Pack<T>,
           &Shrink<T>,
-          &Expand<T>,
+          as_is,
+          &Expand<T, kPairs>,
           &ExpandFew<T>,
           &Outer<T>,
           &StreamFew<T>,
-          &Product<T>,
-          &Layer<T>,
+          &Product<T, kPairs>,
+          &Layer<T, kPairs>,
           &Gather,
-          &ProductTransposed<T>,
-          &LayerTransposed<T>,
-          &ExpandTransposed<T>,
+          &ProductTransposed<T, kPairs>,
+          &LayerTransposed<T, kPairs>,
+          &ExpandTransposed<T, kPairs>,
           &Sum<T>,
           &SumTransposed<T>};
 }
 
 #if JAX_FUSED_LORA_SETS
-const Kernels* TableFor(Storage storage) {
+const Kernels* TableFor(Storage storage, bool pairs) {
   static constexpr Kernels kFloat32 = Table<float>();
   static constexpr Kernels kBfloat16 = Table<hwy::bfloat16_t>();
+  static constexpr Kernels kPairs = Table<hwy::bfloat16_t, JAX_FUSED_LORA_PAIRS>();
   static constexpr Kernels kFloat16 = Table<hwy::float16_t>();
   switch (storage) {
     case Storage::kBfloat16:
-      return &kBfloat16;
+      return pairs && JAX_FUSED_LORA_PAIRS ? &kPairs : &kBfloat16;
     case Storage::kFloat16:
       return &kFloat16;
     default:

@@ -13,7 +13,7 @@ HWY_BEFORE_NAMESPACE();
 namespace jax_fused_lora {
 namespace HWY_NAMESPACE {
 
-const Kernels* TableFor(Storage storage);
+const Kernels* TableFor(Storage storage, bool pairs);
 
 const char* TargetName() { return hwy::TargetName(HWY_TARGET); }
 
@@ -27,7 +27,17 @@ namespace jax_fused_lora {
 HWY_EXPORT(TableFor);
 HWY_EXPORT(TargetName);
 
-const Kernels& KernelsFor(Storage storage) { return *HWY_DYNAMIC_DISPATCH(TableFor)(storage); }
+bool MultipliesPairs() {
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+const Kernels& KernelsFor(Storage storage, bool pairs) {
+  return *HWY_DYNAMIC_DISPATCH(TableFor)(storage, pairs);
+}
 
 const char* InstructionSet() { return HWY_DYNAMIC_DISPATCH(TargetName)(); }
 

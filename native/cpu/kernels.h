@@ -92,6 +92,10 @@ struct Kernels {
   void (*shrink)(const void* x, size_t m, size_t k, const float* at, size_t r, float scale,
                  float* h, Scratch* scratch);
 
+  // The same of an `at` that is T's; null where it is better brought to float32.
+  void (*shrink_as_is)(const void* x, size_t m, size_t k, const void* at, size_t r, float scale,
+                       float* h);
+
   // y (m, n) = init + bias + scale · h (m, r) · b (r, n) with row distances for init and y.
   // `init` and `bias` (n) may be null, and `init` may be y where T is float32.
   void (*expand)(const float* h, size_t m, size_t r, Panels<const float> b, size_t n, float scale,
@@ -153,7 +157,11 @@ struct Kernels {
 
 enum class Storage { kFloat32, kBfloat16, kFloat16 };
 
-const Kernels& KernelsFor(Storage storage);
+// Whether the CPU has an instruction that multiplies pairs of bfloat16 (AVX512-BF16).
+bool MultipliesPairs();
+
+// With `pairs` the kernels of bfloat16 use it.
+const Kernels& KernelsFor(Storage storage, bool pairs = MultipliesPairs());
 
 // The name of the instruction set in use.
 const char* InstructionSet();

@@ -135,9 +135,17 @@ struct NothingAhead {
   HWY_INLINE void AskForLine() {}
 };
 
-template <size_t kRows, size_t kVecs, bool kTail, class TB, class TO, class Next>
-HWY_INLINE void NnTile(size_t k, Scalars a, Rows<const TB> b, float scale, Rows<const float> init,
-                       const float* bias, Rows<TO> out, size_t columns, Next& ahead) {
+// The depth of a product whose first steps each multiply two bfloat16: the number of these, and of
+// all steps. In `a` they lie where one float32 would, and so in a float32 b, which was packed; of a
+// bfloat16 b each takes two rows.
+struct PairsFirst {
+  size_t pairs, steps;
+};
+
+template <size_t kRows, size_t kVecs, bool kTail, class TB, class TO, class Depth, class Next>
+HWY_INLINE void NnTile(Depth depth, Scalars a, Rows<const TB> b, float scale,
+                       Rows<const float> init, const float* bias, Rows<TO> out, size_t columns,
+                       Next& ahead) {
   const DF d;
   const auto load = [&](const auto* from)
                         HWY_ATTR { return kTail ? LoadFloatN(from, columns) : LoadFloat(from); };
@@ -147,32 +155,50 @@ HWY_INLINE void NnTile(size_t k, Scalars a, Rows<const TB> b, float scale, Rows<
     JAX_FUSED_LORA_UNROLL
     for (size_t j = 0; j < kVecs; ++j) acc[i][j] = hn::Zero(d);
   }
-  const auto step = [&](size_t p) HWY_ATTR {
+  const auto step = [&](size_t p, auto load_b, auto multiply) HWY_ATTR {
     VF bv[kVecs];
     JAX_FUSED_LORA_UNROLL
-    for (size_t j = 0; j < kVecs; ++j) {
-      bv[j] = load(b.data + p * b.row + j * kLanes);
-    }
+    for (size_t j = 0; j < kVecs; ++j) bv[j] = load_b(p, j * kLanes);
     JAX_FUSED_LORA_UNROLL
     for (size_t i = 0; i < kRows; ++i) {
       const VF av = hn::Set(d, a.data[i * a.row + p * a.step]);
       JAX_FUSED_LORA_UNROLL
-      for (size_t j = 0; j < kVecs; ++j) acc[i][j] = hn::MulAdd(av, bv[j], acc[i][j]);
+      for (size_t j = 0; j < kVecs; ++j) acc[i][j] = multiply(av, bv[j], acc[i][j]);
     }
   };
   size_t p = 0;
-  if (Next::kSteps > 0) {
-    for (; p + Next::kSteps <= k; p += Next::kSteps) {
-      ahead.Ask();
-      if constexpr (Next::kSteps <= 4) {
-        JAX_FUSED_LORA_UNROLL
-        for (size_t s = 0; s < Next::kSteps; ++s) step(p + s);
-      } else {  // eight unrolled took 1.13 of the time (AVX-512, 512×1024, float32)
-        for (size_t s = 0; s < Next::kSteps; ++s) step(p + s);
+  const auto run = [&](size_t end, auto load_b, auto multiply) HWY_ATTR {
+    if constexpr (Next::kSteps > 0) {
+      for (; p + Next::kSteps <= end; p += Next::kSteps) {
+        ahead.Ask();
+        if constexpr (Next::kSteps <= 4) {
+          JAX_FUSED_LORA_UNROLL
+          for (size_t s = 0; s < Next::kSteps; ++s) step(p + s, load_b, multiply);
+        } else {  // eight unrolled took 1.13 of the time (AVX-512, 512×1024, float32)
+          for (size_t s = 0; s < Next::kSteps; ++s) step(p + s, load_b, multiply);
+        }
       }
     }
+    for (; p < end; ++p) step(p, load_b, multiply);
+  };
+  const auto one = [&](size_t q, size_t j) HWY_ATTR { return load(b.data + q * b.row + j); };
+  const auto number = [](VF x, VF y, VF sum) HWY_ATTR { return hn::MulAdd(x, y, sum); };
+  if constexpr (std::is_same<Depth, PairsFirst>::value) {
+    const auto pair = [](auto x, auto y, auto sum) HWY_ATTR { return MulAddPairs(x, y, sum); };
+    if constexpr (std::is_same<TB, float>::value) {
+      run(depth.pairs, one, pair);
+    } else {
+      const auto two = [&](size_t q, size_t j) HWY_ATTR {
+        const TB* upper = b.data + 2 * q * b.row + j;
+        return kTail ? PairUpN(upper, upper + b.row, columns) : PairUp(upper, upper + b.row);
+      };
+      run(depth.pairs, two, pair);
+      b.data += depth.pairs * b.row;
+    }
+    run(depth.steps, one, number);
+  } else {
+    run(depth, one, number);
   }
-  for (; p < k; ++p) step(p);
   const VF vscale = hn::Set(d, scale);
   JAX_FUSED_LORA_UNROLL
   for (size_t i = 0; i < kRows; ++i) {
@@ -192,12 +218,13 @@ HWY_INLINE void NnTile(size_t k, Scalars a, Rows<const TB> b, float scale, Rows<
   }
 }
 
-template <size_t kRows, size_t kVecs, bool kTail, class TB, class TO, class Next>
-HWY_INLINE void NnPanel(size_t m, size_t k, Scalars a, Rows<const TB> b, float scale,
+template <size_t kRows, size_t kVecs, bool kTail, class TB, class TO, class Depth, class Next>
+HWY_INLINE void NnPanel(size_t m, Depth depth, Scalars a, Rows<const TB> b, float scale,
                         Rows<const float> init, const float* bias, Rows<TO> out, size_t columns,
                         Next& ahead) {
   const auto tile = [&](auto rows) HWY_ATTR {
-    NnTile<decltype(rows)::value, kVecs, kTail>(k, a, b, scale, init, bias, out, columns, ahead);
+    NnTile<decltype(rows)::value, kVecs, kTail>(depth, a, b, scale, init, bias, out, columns,
+                                                ahead);
     a.data += decltype(rows)::value * a.row;
     if (init.data != nullptr) init.data += decltype(rows)::value * init.row;
     out.data += decltype(rows)::value * out.row;
@@ -244,16 +271,16 @@ HWY_INLINE void NnPanel(size_t m, size_t k, Scalars a, Rows<const TB> b, float s
 
 // out (m, n) = init + bias + scale · a (m, k) · b (k, n). `init` (m, n) and `bias` (n) may be null,
 // and `init` may be `out` itself.
-template <class TB, class TO, size_t kRows = kNnRows, size_t kVecs = kNnVecs,
+template <class TB, class TO, size_t kRows = kNnRows, size_t kVecs = kNnVecs, class Depth,
           class Next = NothingAhead>
-HWY_INLINE void Nn(size_t m, size_t n, size_t k, Scalars a, Panels<const TB> b, float scale,
+HWY_INLINE void Nn(size_t m, size_t n, Depth depth, Scalars a, Panels<const TB> b, float scale,
                    Rows<const float> init, Rows<TO> out, const float* bias = nullptr,
                    Next ahead = {}) {
   size_t j = 0;
   const auto panel = [&](auto vecs, auto tail) HWY_ATTR {
     const Rows<const float> from = {init.data == nullptr ? nullptr : init.data + j, init.row};
     NnPanel<kRows, decltype(vecs)::value, decltype(tail)::value, TB, TO>(
-        m, k, a, {InPanel(b, j), b.row}, scale, from, bias == nullptr ? nullptr : bias + j,
+        m, depth, a, {InPanel(b, j), b.row}, scale, from, bias == nullptr ? nullptr : bias + j,
         {out.data + j, out.row}, n - j, ahead);
     j += decltype(vecs)::value * kLanes;
   };
@@ -367,10 +394,20 @@ HWY_INLINE void StoreSums(VF a, VF b, VF c, VF e, float scale, bool add, float* 
   hn::StoreU(add ? hn::Add(sum, hn::LoadU(d4, out)) : sum, d4, out);
 }
 
-template <size_t kRows, size_t kCols, class TB>
-HWY_INLINE void NtTile(size_t k, Rows<const float> a, Rows<const TB> b, float scale, bool add,
+// A bfloat16 `a` is multiplied by pairs.
+template <size_t kRows, size_t kCols, class TA, class TB>
+HWY_INLINE void NtTile(size_t k, Rows<const TA> a, Rows<const TB> b, float scale, bool add,
                        Rows<float> out) {
   const DF d;
+  constexpr bool kPairs = std::is_same<TA, hwy::bfloat16_t>::value;
+  constexpr size_t kStep = kPairs ? 2 * kLanes : kLanes;
+  const auto load = [&](const auto* from, auto tail) HWY_ATTR {
+    if constexpr (kPairs) {
+      return decltype(tail)::value ? LoadPairsN(from, k) : LoadPairs(from);
+    } else {
+      return decltype(tail)::value ? LoadFloatN(from, k) : LoadFloat(from);
+    }
+  };
   VF acc[kRows][4];  // unused columns of a narrow tile stay zero
   JAX_FUSED_LORA_UNROLL
   for (size_t i = 0; i < kRows; ++i) {
@@ -380,24 +417,26 @@ HWY_INLINE void NtTile(size_t k, Rows<const float> a, Rows<const TB> b, float sc
   const auto step = [&](auto tail) HWY_ATTR {
     VF bv[kCols];
     JAX_FUSED_LORA_UNROLL
-    for (size_t j = 0; j < kCols; ++j) {
-      const TB* from = b.data + j * b.row;
-      bv[j] = decltype(tail)::value ? LoadFloatN(from, k) : LoadFloat(from);
-    }
+    for (size_t j = 0; j < kCols; ++j) bv[j] = load(b.data + j * b.row, tail);
     JAX_FUSED_LORA_UNROLL
     for (size_t i = 0; i < kRows; ++i) {
-      const float* from = a.data + i * a.row;
-      const VF av = decltype(tail)::value ? LoadFloatN(from, k) : LoadFloat(from);
+      const VF av = load(a.data + i * a.row, tail);
       JAX_FUSED_LORA_UNROLL
-      for (size_t j = 0; j < kCols; ++j) acc[i][j] = hn::MulAdd(av, bv[j], acc[i][j]);
+      for (size_t j = 0; j < kCols; ++j) {
+        if constexpr (kPairs) {
+          acc[i][j] = MulAddPairs(av, bv[j], acc[i][j]);
+        } else {
+          acc[i][j] = hn::MulAdd(av, bv[j], acc[i][j]);
+        }
+      }
     }
   };
   // Both pointers move, so that a row is a pointer and a multiple of its row distance: with an
   // index in their place the compiler kept a pointer for each row, and half of them on the stack.
-  for (; k >= kLanes; k -= kLanes) {
+  for (; k >= kStep; k -= kStep) {
     step(std::false_type());
-    a.data += kLanes;
-    b.data += kLanes;
+    a.data += kStep;
+    b.data += kStep;
   }
   if (k > 0) step(std::true_type());
   JAX_FUSED_LORA_UNROLL
@@ -417,14 +456,14 @@ HWY_INLINE void NtTile(size_t k, Rows<const float> a, Rows<const TB> b, float sc
 // the outer loop of a row tile: a's rows stay in the first cache while b streams past. Asking for
 // the next tile's rows of a meanwhile lost to the machine's own prefetchers (AVX-512, float32,
 // 512×2048, rank 16: 132 GFLOP/s, without 141; not measured on Arm).
-template <class TB>
-HWY_INLINE void Nt(size_t m, size_t n, size_t k, Rows<const float> a, Rows<const TB> b, float scale,
+template <class TA, class TB>
+HWY_INLINE void Nt(size_t m, size_t n, size_t k, Rows<const TA> a, Rows<const TB> b, float scale,
                    bool add, Rows<float> out) {
   const auto row_tile = [&](size_t i, auto rows) HWY_ATTR {
-    const Rows<const float> ai = {a.data + i * a.row, a.row};
+    const Rows<const TA> ai = {a.data + i * a.row, a.row};
     size_t j = 0;
     const auto tile = [&](auto cols) HWY_ATTR {
-      NtTile<decltype(rows)::value, decltype(cols)::value, TB>(
+      NtTile<decltype(rows)::value, decltype(cols)::value, TA, TB>(
           k, ai, {b.data + j * b.row, b.row}, scale, add, {out.data + i * out.row + j, out.row});
       j += decltype(cols)::value;
     };
