@@ -104,10 +104,6 @@ class _Limits(NamedTuple):
     kernel: int  # rows up to which the native product wins
     base: int  # rows from which XLA's product with the native low-rank part wins
     rank_one: int = 1 << 62  # rows up to which the native low-rank part alone wins, of rank 1
-    # Multiplications of x·W: below the first the native product wins with more rows as well, and
-    # below the second XLA's with the native low-rank part, a call more, does not.
-    small: int = 0
-    large: int = 0
 
 
 _ANY = _Limits(1 << 62, 1 << 62)  # number of rows
@@ -125,7 +121,6 @@ _FORWARD = {
     "bfloat16": _ANY,
     "float32 on AVX-512": _ANY._replace(rank_one=_RANK_ONE_FORWARD),
     "bfloat16 on AMX": _Limits(16, 256),
-    "bfloat16 on AVX-512": _Limits(24, 25, small=1 << 24, large=1 << 25),
 }
 _BACKWARD = {
     "float32": _Limits(64, 65, _RANK_ONE_BACKWARD),
@@ -133,7 +128,6 @@ _BACKWARD = {
     "bfloat16": _ANY,
     "float32 on AVX-512": _ANY._replace(rank_one=_RANK_ONE_BACKWARD),
     "bfloat16 on AMX": _Limits(16, 96),
-    "bfloat16 on AVX-512": _Limits(16, 17, small=1 << 24),
 }
 
 
@@ -225,10 +219,9 @@ def _form(library: str, problem: Problem, limits: dict[str, _Limits], named: boo
     if not problem.has_kernel:
         loses = library == "cpu" and problem.rank == 1 and problem.rows > limit.rank_one
         return "xla" if loses and not named else "delta"
-    work = problem.rows * problem.k * problem.n
-    if library == "metal" or problem.rows <= limit.kernel or work < limit.small:
+    if library == "metal" or problem.rows <= limit.kernel:
         return "kernel"
-    if problem.rows >= limit.base and work >= limit.large:
+    if problem.rows >= limit.base:
         return "base"
     return "kernel" if named else "xla"
 
@@ -314,8 +307,7 @@ def _kind(dtype: jax.typing.DTypeLike) -> str:
     name = jnp.dtype(dtype).name
     if name == "bfloat16" and "amx_bf16" in _cpu_flags():
         return f"{name} on AMX"
-    avx512 = {"float32": "avx512bw", "bfloat16": "avx512_bf16"}.get(name)
-    return f"{name} on AVX-512" if avx512 in _cpu_flags() else name
+    return f"{name} on AVX-512" if name == "float32" and "avx512bw" in _cpu_flags() else name
 
 
 @functools.cache

@@ -204,7 +204,7 @@ def test_rank_one_alone_is_left_to_xla_where_it_is_faster(rows, forward, backwar
         ("float16", {"avx2"}, "kernel"),
         ("bfloat16", {"avx2"}, "kernel"),
         ("bfloat16", {"avx2", "avx512bw"}, "kernel"),
-        ("bfloat16", {"avx2", "avx512bw", "avx512_bf16"}, "base"),
+        ("bfloat16", {"avx2", "avx512bw", "avx512_bf16"}, "kernel"),
         ("bfloat16", {"avx2", "avx512bw", "avx512_bf16", "amx_bf16"}, "base"),
     ],
 )
@@ -212,27 +212,3 @@ def test_who_multiplies_many_rows_on_a_cpu(dtype, flags, form, monkeypatch):
     monkeypatch.setattr(forms, "_cpu_flags", lambda: frozenset(flags))
     problem = layer(1 << 20, dtype=dtype)
     assert forms.forward_form("cpu", problem) == forms.backward_form("cpu", problem) == form
-
-
-@pytest.mark.parametrize(
-    ("rows", "width", "forward", "backward"),
-    [
-        (1, 4096, "kernel", "kernel"),
-        (16, 2048, "kernel", "kernel"),
-        (24, 2048, "kernel", "base"),
-        (25, 2048, "base", "base"),
-        (31, 1024, "xla", "base"),
-        (32, 1024, "base", "base"),
-        (31, 512, "kernel", "kernel"),
-        (64, 512, "xla", "base"),
-        (128, 512, "base", "base"),
-        (255, 256, "kernel", "kernel"),
-        (256, 256, "xla", "base"),
-    ],
-)
-def test_bfloat16_of_cpus_with_its_instructions(rows, width, forward, backward, monkeypatch):
-    monkeypatch.setattr(forms, "_cpu_flags", lambda: frozenset({"avx512bw", "avx512_bf16"}))
-    problem = layer(rows, k=width, n=width)
-    assert both(problem, library="cpu") == (forward, backward)
-    named = "kernel" if forward == "xla" else forward
-    assert both(problem, library="cpu", named=True) == (named, backward)

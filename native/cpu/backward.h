@@ -37,8 +37,8 @@ class Backward {
  public:
   Backward(const BackwardCall& call, int64_t threads, Workspace* space) : c_(call) {
     if (product_) {
-      blocks_.emplace(c_.batch, c_.g, c_.kernel, c_.m, c_.k, static_cast<int64_t>(kernels_.columns),
-                      threads, /*one_factor=*/c_.a.count == 1);
+      blocks_.emplace(c_.batch, c_.g, c_.kernel, c_.m, c_.k, kernels_, threads,
+                      /*one_factor=*/c_.a.count == 1);
     }
     // A product's blocks turn as much of A as they need.
     if (c_.dx && !product_) {

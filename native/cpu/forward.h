@@ -56,8 +56,7 @@ class Forward {
                       /*block=*/std::max<int64_t>(c_.n, 1));
     }
     if (!product_) return;
-    blocks_.emplace(c_.batch, c_.x, c_.kernel, c_.m, c_.n, static_cast<int64_t>(kernels_.columns),
-                    threads);
+    blocks_.emplace(c_.batch, c_.x, c_.kernel, c_.m, c_.n, kernels_, threads);
     if (blocks_->rows() <= kStreamed) {
       parts_ = c_.slices * blocks_->products() * column_ranges_;
       partial_ = space->Take({c_.slices, blocks_->products(), blocks_->rows(), partial_row_});

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "native/cpu/amx.h"
 #include "native/cpu/kernels.h"
 #include "native/cpu/tiles-inl.h"
 
@@ -350,7 +351,7 @@ inline void PackPairs(Rows<const hwy::bfloat16_t> from, size_t rows, size_t colu
 // up to kPanelDepth. As few rows at a time as a square has, each read from end to end.
 template <bool kPairs, class T>
 void TurnRows(Rows<const T> from, size_t rows, size_t columns, Panels<float> to) {
-  constexpr size_t kRows = kLanes, kRow = Scratch::kPanelDepth;
+  constexpr size_t kRows = kLanes, kRow = std::max(Scratch::kPanelDepth, Scratch::kTilesDepth);
   HWY_ALIGN float block[kRows * kRow];
   for (size_t i = 0; i < rows; i += kRows) {
     const size_t some = std::min(kRows, rows - i);
@@ -604,15 +605,15 @@ void StreamFew(const void* x_, size_t m, size_t k, size_t k0, size_t k1, const v
 }
 
 // W for a packed product, as numbers or, of bfloat16, as pairs.
-template <class T, bool kPairs_>
+template <class T, By kBy_>
 struct Straight {
-  static constexpr bool kPairs = kPairs_;
+  static constexpr By kBy = kBy_;
   const T* w;  // (depth, columns), n apart
   size_t n;
 
   void operator()(size_t p, size_t j, size_t depth, size_t width, Panels<float> to) const {
     const Rows<const T> from = {w + p * n + j, n};
-    if constexpr (kPairs) {
+    if constexpr (kBy != By::kNumbers) {
       PackPairs(from, depth, width, to);
     } else {
       PackRows<T>(from, depth, width, to, kTilesAsk ? 0 : Scratch::kPanel);
@@ -623,14 +624,14 @@ struct Straight {
   }
 };
 
-template <class T, bool kPairs_>
+template <class T, By kBy_>
 struct Turned {
-  static constexpr bool kPairs = kPairs_;
+  static constexpr By kBy = kBy_;
   const T* w;  // (columns, depth), n apart
   size_t n;
 
   void operator()(size_t p, size_t j, size_t depth, size_t width, Panels<float> to) const {
-    TurnRows<kPairs, T>({w + j * n + p, n}, width, depth, to);
+    TurnRows<kBy != By::kNumbers, T>({w + j * n + p, n}, width, depth, to);
   }
   Ahead<8> Soon(size_t p, size_t j, size_t depth, size_t) const {
     return {w + j * n + p, n, depth};
@@ -658,6 +659,25 @@ struct MoreDepth {
   float scale;
 };
 
+// What a packed product is made of: of each depth, panels of W in the first cache, and the rows'
+// part of it, and the sums, in the second.
+template <By kBy>
+struct Packed {
+  static constexpr size_t kRows = kNnRows, kVecs = kNnVecs, kWidth = Scratch::kPanel, kUnit = 1;
+  static constexpr size_t kMost = Scratch::kPanelDepth, kUsual = kMost - kLanes;  // steps
+  struct Tiles {};
+};
+#if JAX_FUSED_LORA_AMX
+// Tiles are so fast that bringing their sums from the second cache takes as long as 128 steps.
+template <>
+struct Packed<By::kTiles> {
+  using Tiles = ::jax_fused_lora::Tiles;
+  static constexpr size_t kRows = Tiles::kBlock, kVecs = kRows / kLanes, kWidth = kRows;
+  static constexpr size_t kUnit = Tiles::kSteps;
+  static constexpr size_t kMost = Scratch::kTilesDepth, kUsual = kMost - kUnit;
+};
+#endif
+
 // out (m, columns) = x (m, k) · w + bias + low_rank, `pack` bringing panels of w into the first
 // cache, where every tile of rows reads them; the rows' part of that depth is in the second
 // meanwhile, and so are the sums. The low-rank part is so much more depth: [x | scale·h]·[w; b].
@@ -666,27 +686,30 @@ template <class T, class TO, class Pack, class PackFactor>
 void PackedProduct(const T* x, size_t m, size_t k, const Pack& pack, size_t columns,
                    const MoreDepth<PackFactor>& low_rank, const float* bias, Rows<TO> out,
                    Scratch* scratch) {
-  constexpr size_t kWidth = Scratch::kPanel;
-  constexpr size_t kMost = Scratch::kPanelDepth, kUsual = kMost - kLanes;
-  constexpr size_t kRow = Scratch::kPanelRow;
+  using Of = Packed<Pack::kBy>;
+  constexpr size_t kWidth = Of::kWidth, kRow = Scratch::kPanelRow;
+  constexpr size_t kElements = kTogether<Pack::kBy != By::kNumbers>;  // of x, in a step
   // The last depth takes in a low-rank part of a usual size: tiles so shallow that they have little
   // more than that are slow (AVX-512, 512×1024, rank 16, float32, forward and backward: seven
   // depths of 144 and one of 32 took 1.07 of what seven of 128 and one of 144 take).
-  constexpr size_t kElements = kTogether<Pack::kPairs>;  // of x, in a step
-  const size_t steps_of_w = (k + kElements - 1) / kElements, whole = steps_of_w + low_rank.rank;
-  const auto depth_at = [&](size_t p) { return whole - p <= kMost ? whole - p : kUsual; };
+  const size_t steps_of_w = (k + kElements * Of::kUnit - 1) / (kElements * Of::kUnit) * Of::kUnit;
+  const size_t whole = steps_of_w + low_rank.rank;
+  const auto depth_at = [&](size_t p) { return whole - p <= Of::kMost ? whole - p : Of::kUsual; };
+  [[maybe_unused]] typename Of::Tiles tiles;
   size_t p = 0;
   do {
     const size_t depth = depth_at(p);
     const size_t of_w = p < steps_of_w ? std::min(depth, steps_of_w - p) : 0, of_b = depth - of_w;
     const size_t q = p + of_w - steps_of_w;  // where of_b > 0, the first of these ranks
     const size_t p_of_w = p * kElements, depth_of_w = std::min(of_w * kElements, k - p_of_w);
+    const size_t filled = (depth_of_w + kElements - 1) / kElements;  // steps; zeros are the others
     for (size_t i = 0; i < m; ++i) {
       float* row = scratch->rows + i * kRow;
-      if constexpr (Pack::kPairs) {
-        if (of_w > 0) CopyPairs(x + p_of_w + i * k, depth_of_w, row);
-      } else {
+      if constexpr (Pack::kBy == By::kNumbers) {
         if (of_w > 0) ToFloat(x + p_of_w + i * k, depth_of_w, row);
+      } else {
+        if (of_w > 0) CopyPairs(x + p_of_w + i * k, depth_of_w, row);
+        std::fill(row + filled, row + of_w, 0.0f);
       }
       for (size_t s = 0; s < of_b; ++s) {
         row[of_w + s] = low_rank.scale * low_rank.h[i * low_rank.rank + q + s];
@@ -694,29 +717,45 @@ void PackedProduct(const T* x, size_t m, size_t k, const Pack& pack, size_t colu
     }
     for (size_t j = 0; j < columns; j += kWidth) {
       const size_t width = std::min(kWidth, columns - j);
-      const auto panels = Panels<float>::Packed(scratch->panel, depth, kPanel);
-      if (of_w > 0) pack(p_of_w, j, depth_of_w, width, panels);
-      if (of_b > 0) {
-        low_rank.pack(q, j, of_b, width,
-                      {panels.data + of_w * kPanel, panels.row, panels.panel, panels.width});
+      const auto panels = Panels<float>::Packed(scratch->panel, depth, std::min(kPanel, kWidth));
+      const Panels<float> of_factor = {panels.data + of_w * panels.row, panels.row, panels.panel,
+                                       panels.width};
+      if (of_w > 0) {
+        pack(p_of_w, j, depth_of_w, width, panels);
+        std::fill(panels.data + filled * panels.row, of_factor.data, 0.0f);
       }
-      const Scalars rows = {scratch->rows, kRow, 1};
+      if (of_b > 0) low_rank.pack(q, j, of_b, width, of_factor);
       float* sums = scratch->sums + j;
-      const Rows<const float> init = {p == 0 ? nullptr : sums, columns};
-      const auto multiply = [&](auto steps, auto ahead) HWY_ATTR {
+      // The steps of `panels` from one on: [init +] rows · panels.
+      const auto multiply = [&](auto steps, size_t from, const auto& by, bool begun,
+                                auto ahead) HWY_ATTR {
+        const Scalars rows = {scratch->rows + from, kRow, 1};
+        const Rows<const float> init = {begun ? sums : nullptr, columns};
         if (p + depth < whole) {
-          Nn<float, float>(m, width, steps, rows, panels.Read(), 1.0f, init, {sums, columns},
-                           nullptr, ahead);
+          Nn<float, float, kNnRows, Of::kVecs>(m, width, steps, rows, by.Read(), 1.0f, init,
+                                               {sums, columns}, nullptr, ahead);
         } else {
-          Nn<float, TO>(m, width, steps, rows, panels.Read(), 1.0f, init, {out.data + j, out.row},
-                        bias == nullptr ? nullptr : bias + j, ahead);
+          Nn<float, TO, kNnRows, Of::kVecs>(m, width, steps, rows, by.Read(), 1.0f, init,
+                                            {out.data + j, out.row},
+                                            bias == nullptr ? nullptr : bias + j, ahead);
         }
       };
       const auto begin = [&](auto ahead) HWY_ATTR {
-        if constexpr (Pack::kPairs) {
-          multiply(PairsFirst{of_w, depth}, ahead);
+        if constexpr (Pack::kBy == By::kNumbers) {
+          multiply(depth, 0, panels, p > 0, ahead);
+        } else if constexpr (Pack::kBy == By::kPairs) {
+          multiply(PairsFirst{of_w, depth}, 0, panels, p > 0, ahead);
         } else {
-          multiply(depth, ahead);
+          if (of_w > 0) {
+            const auto ask = [&](size_t lines) HWY_ATTR {
+              for (size_t i = 0; i < lines; ++i) ahead.AskForLine();
+            };
+            tiles.Multiply(m, width, of_w, scratch->rows, kRow, panels.data, panels.row, p > 0,
+                           sums, columns, ask);
+          }
+          if (of_b > 0 || p + depth == whole) {
+            multiply(of_b, of_w, of_factor, p + of_w > 0, NothingAhead());
+          }
         }
       };
       const bool more = j + width < columns;
@@ -732,50 +771,53 @@ void PackedProduct(const T* x, size_t m, size_t k, const Pack& pack, size_t colu
   } while (p < whole);
 }
 
-template <bool kPairs, class T>
-Straight<T, kPairs> Packing(const void* w, size_t n, size_t j0) {
+template <By kBy, class T>
+Straight<T, kBy> Packing(const void* w, size_t n, size_t j0) {
   return {static_cast<const T*>(w) + j0, n};
 }
 
-template <bool kPairs, class T>
-Turned<T, kPairs> Turning(const void* w, size_t n, size_t k0) {
+template <By kBy, class T>
+Turned<T, kBy> Turning(const void* w, size_t n, size_t k0) {
   return {static_cast<const T*>(w) + k0 * n, n};
 }
 
 // Up to which rows W is multiplied as it lies where pairs can be: pairs are to be brought together,
 // and what lies in place is widened (bfloat16, Zen 4, 1024→1024, in place and packed: 9 rows 131
 // and 150 to 170 µs, 16 205 and 197, 32 404 and 310, 64 729 and 460).
-constexpr size_t kPairsInPlaceRows = 12;
+constexpr size_t kPairsInPlaceRows = 12, kTilesInPlaceRows = 8;
 
-template <class T, bool kPairs>
+template <class T, By kBy>
 void Product(const void* x_, size_t m, size_t k, const void* w_, size_t n, size_t j0,
              size_t columns, float* out, Scratch* scratch) {
   const T* x = static_cast<const T*>(x_);
-  if (m > (kPairs ? kPairsInPlaceRows : kInPlaceRows)) {
-    return PackedProduct<T, float>(x, m, k, Packing<kPairs, T>(w_, n, j0), columns, MoreDepth<>(),
+  if (m > (kBy == By::kNumbers ? kInPlaceRows
+           : kBy == By::kPairs ? kPairsInPlaceRows
+                               : kTilesInPlaceRows)) {
+    return PackedProduct<T, float>(x, m, k, Packing<kBy, T>(w_, n, j0), columns, MoreDepth<>(),
                                    nullptr, {out, columns}, scratch);
   }
   MultiplyInPlace<T>(x, k, m, k, {static_cast<const T*>(w_) + j0, n}, columns, 1.0f, false,
                      {out, columns}, scratch);
 }
 
-template <class T, bool kPairs>
+template <class T, By kBy>
 void Layer(const void* x, size_t m, size_t k, const void* w, size_t n, size_t j0, size_t columns,
            const LowRank& low_rank, const float* bias, void* y, size_t y_row, Scratch* scratch) {
   const MoreDepth<> part = {low_rank.h, low_rank.rank, {low_rank.b}, low_rank.scale};
-  using Out = Result<T, kPairs>;
-  PackedProduct<T, Out>(static_cast<const T*>(x), m, k, Packing<kPairs, T>(w, n, j0), columns, part,
+  using Out = Result<T, kBy != By::kNumbers>;
+  PackedProduct<T, Out>(static_cast<const T*>(x), m, k, Packing<kBy, T>(w, n, j0), columns, part,
                         bias, {static_cast<Out*>(y), y_row}, scratch);
 }
 
 // Few rows: dot products with the rows of W, as they lie. More rows: panels of W are turned.
-template <class T, bool kPairs>
+template <class T, By kBy>
 void ProductTransposed(const void* g_, size_t m, size_t n, const void* w_, size_t k0,
                        size_t columns, float* out, Scratch* scratch) {
   const T* g = static_cast<const T*>(g_);
-  if (m > Scratch::kDepthRows) {
-    return PackedProduct<T, float>(g, m, n, Turning<kPairs, T>(w_, n, k0), columns,
-                                   MoreDepth<Turned<T, false>>(), nullptr, {out, columns}, scratch);
+  if (m > (kBy == By::kTiles ? kTilesInPlaceRows : Scratch::kDepthRows)) {
+    return PackedProduct<T, float>(g, m, n, Turning<kBy, T>(w_, n, k0), columns,
+                                   MoreDepth<Turned<T, By::kNumbers>>(), nullptr, {out, columns},
+                                   scratch);
   }
   const T* w = static_cast<const T*>(w_) + k0 * n;
   if (n == 0) std::fill_n(out, m * columns, 0.0f);
@@ -787,7 +829,7 @@ void ProductTransposed(const void* g_, size_t m, size_t n, const void* w_, size_
         Nt(m, std::min(kWidth, columns - j), depth, rows, Rows<const T>{w + j * n + p, n}, 1.0f,
            p > 0, {out + j, columns});
       };
-      if constexpr (kPairs) {
+      if constexpr (kBy != By::kNumbers) {
         multiply(Rows<const T>{g + p, n});
       } else {
         multiply(Widened(g + p, n, m, depth, scratch->rows));
@@ -796,13 +838,13 @@ void ProductTransposed(const void* g_, size_t m, size_t n, const void* w_, size_
   }
 }
 
-template <class T, bool kPairs>
+template <class T, By kBy>
 void LayerTransposed(const void* g, size_t m, size_t n, const void* w, size_t k0, size_t columns,
                      const float* t, size_t r, const void* a, void* dx, size_t dx_row,
                      Scratch* scratch) {
-  const MoreDepth<Turned<T, false>> part = {t, r, Turning<false, T>(a, r, k0), 1.0f};
-  using Out = Result<T, kPairs>;
-  PackedProduct<T, Out>(static_cast<const T*>(g), m, n, Turning<kPairs, T>(w, n, k0), columns, part,
+  const MoreDepth<Turned<T, By::kNumbers>> part = {t, r, Turning<By::kNumbers, T>(a, r, k0), 1.0f};
+  using Out = Result<T, kBy != By::kNumbers>;
+  PackedProduct<T, Out>(static_cast<const T*>(g), m, n, Turning<kBy, T>(w, n, k0), columns, part,
                         nullptr, {static_cast<Out*>(dx), dx_row}, scratch);
 }
 
@@ -812,7 +854,7 @@ void ExpandTransposed(const float* t, size_t m, size_t r, const void* a, size_t 
                       const float* init, void* dx_, size_t dx_row, Scratch* scratch) {
   auto* dx = static_cast<Result<T, kPairs>*>(dx_);
   constexpr size_t kWidth = Scratch::kPanel, kMost = Scratch::kPanelDepth;
-  const Turned<T, false> turn = Turning<false, T>(a, r, k0);
+  const Turned<T, By::kNumbers> turn = Turning<By::kNumbers, T>(a, r, k0);
   for (size_t j = 0; j < columns; j += kWidth) {
     const size_t width = std::min(kWidth, columns - j);
     Rows<const float> before = {init + j, columns};
@@ -866,11 +908,13 @@ void SumTransposed(const float* partial, size_t slices, size_t stride, size_t pa
   }
 }
 
-template <class T, bool kPairs = false>
+template <class T, By kBy = By::kNumbers>
 constexpr Kernels Table() {
+  constexpr bool kPairs = kBy != By::kNumbers;
   decltype(Kernels::shrink_as_is) as_is = nullptr;
   if constexpr (kPairs) as_is = &ShrinkAsIs<T>;
-  return {kPanel,
+  return {Packed<kBy>::kRows,
+          kPanel,
           kRankPanel,
           kProductColumns,
           kInPlaceRows,
@@ -884,25 +928,32 @@ constexpr Kernels Table() {
           &ExpandFew<T>,
           &Outer<T>,
           &StreamFew<T>,
-          &Product<T, kPairs>,
-          &Layer<T, kPairs>,
+          &Product<T, kBy>,
+          &Layer<T, kBy>,
           &Gather,
-          &ProductTransposed<T, kPairs>,
-          &LayerTransposed<T, kPairs>,
+          &ProductTransposed<T, kBy>,
+          &LayerTransposed<T, kBy>,
           &ExpandTransposed<T, kPairs>,
           &Sum<T>,
           &SumTransposed<T>};
 }
 
 #if JAX_FUSED_LORA_SETS
-const Kernels* TableFor(Storage storage, bool pairs) {
+const Kernels* TableFor(Storage storage, [[maybe_unused]] By by) {
   static constexpr Kernels kFloat32 = Table<float>();
   static constexpr Kernels kBfloat16 = Table<hwy::bfloat16_t>();
-  static constexpr Kernels kPairs = Table<hwy::bfloat16_t, JAX_FUSED_LORA_PAIRS>();
+#if JAX_FUSED_LORA_PAIRS
+  static constexpr Kernels kPairs = Table<hwy::bfloat16_t, By::kPairs>();
+  if (storage == Storage::kBfloat16 && by == By::kPairs) return &kPairs;
+#endif
+#if JAX_FUSED_LORA_PAIRS && JAX_FUSED_LORA_AMX
+  static constexpr Kernels kTiles = Table<hwy::bfloat16_t, By::kTiles>();
+  if (storage == Storage::kBfloat16 && by == By::kTiles) return &kTiles;
+#endif
   static constexpr Kernels kFloat16 = Table<hwy::float16_t>();
   switch (storage) {
     case Storage::kBfloat16:
-      return pairs && JAX_FUSED_LORA_PAIRS ? &kPairs : &kBfloat16;
+      return &kBfloat16;
     case Storage::kFloat16:
       return &kFloat16;
     default:

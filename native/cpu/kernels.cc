@@ -8,12 +8,13 @@
 
 #include "hwy/foreach_target.h"  // must come before the header below
 #include "hwy/highway.h"
+#include "native/cpu/amx.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace jax_fused_lora {
 namespace HWY_NAMESPACE {
 
-const Kernels* TableFor(Storage storage, bool pairs);
+const Kernels* TableFor(Storage storage, By by);
 
 const char* TargetName() { return hwy::TargetName(HWY_TARGET); }
 
@@ -27,16 +28,19 @@ namespace jax_fused_lora {
 HWY_EXPORT(TableFor);
 HWY_EXPORT(TargetName);
 
-bool MultipliesPairs() {
+By BestForBfloat16() {
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-  return __builtin_cpu_supports("avx512bf16");
+  static const By best = !__builtin_cpu_supports("avx512bf16") ? By::kNumbers
+                         : HasTiles()                          ? By::kTiles
+                                                               : By::kPairs;
+  return best;
 #else
-  return false;
+  return By::kNumbers;
 #endif
 }
 
-const Kernels& KernelsFor(Storage storage, bool pairs) {
-  return *HWY_DYNAMIC_DISPATCH(TableFor)(storage, pairs);
+const Kernels& KernelsFor(Storage storage, By by) {
+  return *HWY_DYNAMIC_DISPATCH(TableFor)(storage, by);
 }
 
 const char* InstructionSet() { return HWY_DYNAMIC_DISPATCH(TargetName)(); }

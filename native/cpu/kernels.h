@@ -30,7 +30,8 @@ struct alignas(64) Scratch {
   static constexpr size_t kRows = 258, kColumns = 512;
   static constexpr size_t kPanel = 64;        // columns of W packed at a time
   static constexpr size_t kPanelDepth = 144;  // and rows: 36 KiB, in the first cache
-  static constexpr size_t kPanelRow = 160;    // x's rows meanwhile, apart by no power of two
+  static constexpr size_t kTilesDepth = 272;  // the same of AMX's tiles, 32 columns: 34 KiB
+  static constexpr size_t kPanelRow = 288;    // x's rows meanwhile, apart by no power of two
 
   float sums[kRows * kColumns];
   float panel[kPanelDepth * kPanel];
@@ -69,6 +70,7 @@ struct LowRank {
 };
 
 struct Kernels {
+  size_t rows;      // of a tile of a packed product
   size_t panel;     // columns of a panel of B; divides 64
   size_t ranks;     // of a panel of A
   size_t columns;   // of a block of a product, at most
@@ -157,11 +159,14 @@ struct Kernels {
 
 enum class Storage { kFloat32, kBfloat16, kFloat16 };
 
-// Whether the CPU has an instruction that multiplies pairs of bfloat16 (AVX512-BF16).
-bool MultipliesPairs();
+// How the kernels of bfloat16 multiply it: widened to float32, as pairs (AVX512-BF16), or as tiles
+// of pairs where there are many (AMX).
+enum class By { kNumbers, kPairs, kTiles };
 
-// With `pairs` the kernels of bfloat16 use it.
-const Kernels& KernelsFor(Storage storage, bool pairs = MultipliesPairs());
+// The best that this machine has.
+By BestForBfloat16();
+
+const Kernels& KernelsFor(Storage storage, By by = BestForBfloat16());
 
 // The name of the instruction set in use.
 const char* InstructionSet();

@@ -9,6 +9,11 @@
 
 #include "native/cpu/kernels.h"
 
+#include "native/cpu/amx.h"
+#if JAX_FUSED_LORA_AMX
+#include "native/cpu/amx_emulator.h"
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdarg>
@@ -207,11 +212,8 @@ constexpr size_t kOddRanks[] = {0, 143, 144, 145, 288, 289, 300};
 
 class Suite {
  public:
-  explicit Suite(Storage storage, bool pairs = false)
-      : storage_(storage),
-        pairs_(pairs),
-        kernels_(KernelsFor(storage, pairs)),
-        scratch_(new Scratch) {}
+  explicit Suite(Storage storage, By by = By::kNumbers)
+      : storage_(storage), by_(by), kernels_(KernelsFor(storage, by)), scratch_(new Scratch) {}
 
   void Run() {
     for (size_t m : kRows) {
@@ -673,10 +675,10 @@ class Suite {
       uint16_t result;
       std::memcpy(&result, out.at(i), sizeof result);
       const bool subnormal = std::fabs(floats[i]) < std::ldexp(1.0, 1 - format.bias);
-      const bool ok = std::isnan(floats[i]) ? (result & 0x7FFF) > format.Infinity()
-                      : floats[i] == 0      ? (result & 0x7FFF) == 0
-                      : pairs_ && subnormal ? (result & 0x7FFF) == 0
-                                            : result == narrowed[i];
+      const bool ok = std::isnan(floats[i])              ? (result & 0x7FFF) > format.Infinity()
+                      : floats[i] == 0                   ? (result & 0x7FFF) == 0
+                      : by_ != By::kNumbers && subnormal ? (result & 0x7FFF) == 0
+                                                         : result == narrowed[i];
       if (!ok && ++wrong <= 5) std::printf("stored 0x%08x as 0x%04x\n", ToBits(floats[i]), result);
     }
     Check(wrong == 0, storage_, "a result's narrowing, %d wrong", wrong);
@@ -693,10 +695,27 @@ class Suite {
   }
 
   Storage storage_;
-  bool pairs_;
+  By by_;
   const Kernels& kernels_;
   std::unique_ptr<Scratch> scratch_;
 };
+
+// The kernels of bfloat16 that are compiled for some sets only, where the CPU has what they want.
+// Tiles can be emulated.
+void RunOther(By by) {
+  const Kernels& kernels = KernelsFor(Storage::kBfloat16, by);
+  if (&kernels == &KernelsFor(Storage::kBfloat16, By::kNumbers)) return;
+  const bool emulated = by == By::kTiles && BestForBfloat16() == By::kPairs;
+  if (by > BestForBfloat16() && !emulated) return;
+#if JAX_FUSED_LORA_AMX
+  if (emulated) AmxEmulator::Install();
+#endif
+  const int before = passed + failed;
+  Suite(Storage::kBfloat16, by).Run();
+  const char* name = by == By::kPairs ? "pairs" : "tiles";
+  std::printf("%s of bfloat16%s: %d cases\n", name, emulated ? ", emulated" : "",
+              passed + failed - before);
+}
 
 void RunAll() {
   const int64_t supported = hwy::SupportedTargets();
@@ -709,10 +728,7 @@ void RunAll() {
     if (std::strcmp(InstructionSet(), hwy::TargetName(target)) != 0) continue;
     const int before = passed + failed;
     for (Storage storage : kStorages) Suite(storage).Run();
-    if (MultipliesPairs() &&
-        &KernelsFor(Storage::kBfloat16, true) != &KernelsFor(Storage::kBfloat16, false)) {
-      Suite(Storage::kBfloat16, /*pairs=*/true).Run();
-    }
+    for (By by : {By::kPairs, By::kTiles}) RunOther(by);
     std::printf("%s: %d cases\n", InstructionSet(), passed + failed - before);
     std::fflush(stdout);
   }

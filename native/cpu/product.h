@@ -26,10 +26,13 @@ struct Tiling {
   int64_t rows, columns;  // of a block
   int64_t row_ranges, column_ranges;
 
-  Tiling(int64_t m, int64_t n, int64_t times, int64_t most_columns, int64_t threads) {
-    constexpr int64_t kMostRows = Scratch::kRows, kLeastRows = 48, kLeastColumns = Scratch::kPanel;
+  Tiling(int64_t m, int64_t n, int64_t times, const Kernels& kernels, int64_t threads)
+      : tile_(static_cast<int64_t>(kernels.rows)) {
+    constexpr int64_t kLeastRows = 48, kLeastColumns = Scratch::kPanel;
+    const int64_t most_rows = Scratch::kRows / tile_ * tile_;
+    const auto most_columns = static_cast<int64_t>(kernels.columns);
     const int64_t enough = threads * std::clamp<int64_t>(threads, 2, 4);
-    for (int64_t by_rows = Blocks(m, kMostRows), by_columns = Blocks(n, most_columns);;) {
+    for (int64_t by_rows = Blocks(m, most_rows), by_columns = Blocks(n, most_columns);;) {
       Cut(m, n, by_rows, by_columns);
       if (Product({row_ranges, column_ranges, times}) >= enough) break;
       if (columns > kLeastColumns && columns >= rows) {
@@ -47,12 +50,14 @@ struct Tiling {
  private:
   // Even ranges of whole tiles and panels.
   void Cut(int64_t m, int64_t n, int64_t by_rows, int64_t by_columns) {
-    rows = Whole(m, by_rows, 6), columns = Whole(n, by_columns, Scratch::kPanel);
+    rows = Whole(m, by_rows, tile_), columns = Whole(n, by_columns, Scratch::kPanel);
     row_ranges = Blocks(m, rows), column_ranges = Blocks(n, columns);
   }
   static int64_t Whole(int64_t size, int64_t ranges, int64_t unit) {
     return std::max<int64_t>(Blocks(size, std::max<int64_t>(ranges, 1) * unit), 1) * unit;
   }
+
+  int64_t tile_;  // rows
 };
 
 class ProductBlocks {
@@ -64,7 +69,7 @@ class ProductBlocks {
   // `x` is what W multiplies, m rows of it for each element. `one_factor`: the low-rank part has
   // the same factor for all elements, so that those whose rows follow each other count as one.
   ProductBlocks(const Batch& batch, const Batched<const void>& x, const Batched<const void>& kernel,
-                int64_t m, int64_t columns, int64_t most_columns, int64_t threads,
+                int64_t m, int64_t columns, const Kernels& kernels, int64_t threads,
                 bool one_factor = false)
       : m_(m),
         columns_(columns),
@@ -72,7 +77,7 @@ class ProductBlocks {
         sharing_(shared_ && x.count == 1 ? batch.count : 1),
         products_(shared_ ? 1 : batch.count),
         rows_(shared_ ? x.count * m : m),
-        tiling_(rows_, columns, products_, most_columns, threads) {
+        tiling_(rows_, columns, products_, kernels, threads) {
     if (one_factor && sharing_ == 1) m_ = rows_;
   }
 
