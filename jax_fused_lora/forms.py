@@ -26,14 +26,13 @@ takes 0.90 to 0.96 of "base", in float16 (64 to 2048 rows of 1024 and 2048) 0.4 
 0.43 to 0.93 with the backward pass. With AVX2 it takes 0.65 to 0.96 of "base" in 16 bits forward
 (256 to 2048 rows of 1024 and 2048) and 0.84 to 1.02 with the backward pass; in float32 either is
 ahead, by some percent, and by up to a quarter where the machine is unsteady. Where the CPU has
-instructions for bfloat16 XLA uses them, since jax 0.11.2 in any product and before in those that
-were asked for float32, as "base" does: with AMX from few rows on, at up to four times our speed,
-and there the low-rank products are best left in the same program until they are many enough for the
-saved sweeps to count; with AVX-512's (BF16) at up to twice our speed. There, on Zen 4, in the form
-chosen here and with "kernel", over the plain formula's time of jax 0.12.0.1 (0.10.2), rank 16: 512
-rows of 1024 0.98 and 1.83 (0.40 and 0.74), with the backward pass 0.86 and 1.59 (0.48 and 0.87),
-2048 rows of 2048 0.98 and 1.84 (0.48 and 0.83), 64 rows of 1024 with the backward pass 0.89 and
-1.30 (0.47 and 0.68).
+instructions for bfloat16 XLA uses them, since jax 0.11.2 in any product, and so does ours:
+AVX-512's (BF16) and AMX. With them it takes, rank 16, of the plain formula's time and (in
+parentheses) "base" takes: on Zen 4, jax 0.12.0.1, 64 rows of 1024 0.78 (0.90), 512 rows 0.94
+(0.95), with the backward pass 0.83 (0.85), 2048 rows of 2048 0.89 to 1.00 (0.99); with AMX, jax
+0.11.2, on 16 cores, 64 rows of 1024 0.47 (0.77), 512 rows 0.56 (0.70), with the backward pass 0.65
+(0.82), 2048 rows of 2048 0.81 (0.81); on two of these, which vary by a third, 0.96 (0.90), 0.82
+(0.99), 0.99 (0.84), and 512 rows of 2048 0.99 (0.95).
 """
 
 import functools
@@ -120,14 +119,12 @@ _FORWARD = {
     "float16": _ANY,
     "bfloat16": _ANY,
     "float32 on AVX-512": _ANY._replace(rank_one=_RANK_ONE_FORWARD),
-    "bfloat16 on AMX": _Limits(16, 256),
 }
 _BACKWARD = {
     "float32": _Limits(64, 65, _RANK_ONE_BACKWARD),
     "float16": _ANY,
     "bfloat16": _ANY,
     "float32 on AVX-512": _ANY._replace(rank_one=_RANK_ONE_BACKWARD),
-    "bfloat16 on AMX": _Limits(16, 96),
 }
 
 
@@ -303,10 +300,8 @@ def _tma_takes(problem: Problem) -> bool:
 
 
 def _kind(dtype: jax.typing.DTypeLike) -> str:
-    """The dtype, and what this CPU has of its own for it."""
+    """The dtype, and whether this CPU multiplies it faster than others do."""
     name = jnp.dtype(dtype).name
-    if name == "bfloat16" and "amx_bf16" in _cpu_flags():
-        return f"{name} on AMX"
     return f"{name} on AVX-512" if name == "float32" and "avx512bw" in _cpu_flags() else name
 
 

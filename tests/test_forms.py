@@ -203,9 +203,7 @@ def test_rank_one_alone_is_left_to_xla_where_it_is_faster(rows, forward, backwar
         ("float32", {"avx2", "avx512bw"}, "kernel"),
         ("float16", {"avx2"}, "kernel"),
         ("bfloat16", {"avx2"}, "kernel"),
-        ("bfloat16", {"avx2", "avx512bw"}, "kernel"),
-        ("bfloat16", {"avx2", "avx512bw", "avx512_bf16"}, "kernel"),
-        ("bfloat16", {"avx2", "avx512bw", "avx512_bf16", "amx_bf16"}, "base"),
+        ("bfloat16", {"avx2", "avx512bw", "avx512_bf16", "amx_bf16"}, "kernel"),
     ],
 )
 def test_who_multiplies_many_rows_on_a_cpu(dtype, flags, form, monkeypatch):

@@ -97,14 +97,6 @@ def test_forms_of_a_cpu_without_avx512(shape, dtype, monkeypatch):
     check_everything(operands, -1.5, "cpu", dtype)
 
 
-def test_bfloat16_completes_xlas_product_where_the_cpu_has_amx(monkeypatch):
-    monkeypatch.setattr(forms, "_cpu_flags", lambda: frozenset({"avx512bw", "amx_bf16"}))
-    operands = oracle.operands((300,), 350, 330, 8, "bfloat16", bias=True)
-    problem = forms.Problem(300, 350, 330, 8, "bfloat16", has_kernel=True)
-    assert forms.forward_form("cpu", problem) == forms.backward_form("cpu", problem) == "base"
-    check_everything(operands, -1.5, "cpu", "bfloat16")
-
-
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     rows=st.integers(0, 80),

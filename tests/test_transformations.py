@@ -269,7 +269,7 @@ def test_gradients_that_are_dropped_are_not_computed():
     assert grads_asked(text) == ["a"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("activation", ["none", "tanh"])
 @pytest.mark.parametrize("cores", [2, 64])
 def test_memory_of_a_scan_under_checkpoint(cores, activation, dtype, monkeypatch):
