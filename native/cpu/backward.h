@@ -44,7 +44,8 @@ class Backward {
     if (c_.dx && !product_) {
       at_ = Widened(c_.a, c_.dtype, true, c_.r, c_.k, Widened::kPacked, space);
     }
-    if (need_t_ && c_.b_dtype != ffi::DataType::F32 && !b_as_is_) {
+    // Its place is there though it is read as it lies: programs may be compiled on other CPUs.
+    if (need_t_ && c_.b_dtype != ffi::DataType::F32) {
       b_ = Widened(c_.b, c_.b_dtype, false, c_.r, c_.n, Widened::kRowMajor, space);
     }
     const int64_t count = c_.batch.count;
@@ -65,8 +66,8 @@ class Backward {
     const int64_t dx_units = product_ ? blocks_->count() : 0;
     const int64_t da_units = c_.da ? c_.batch.count * da_ranges_ : 0;
     const int64_t db_units = c_.db ? c_.batch.count * db_ranges_ : 0;
-    const Phases::Sizes units = {at_.blocks() + b_.blocks(), c_.batch.count * sweep_ranges_,
-                                 dx_units + da_units + db_units};
+    const Phases::Sizes units = {at_.blocks() + (b_as_is_ ? 0 : b_.blocks()),
+                                 c_.batch.count * sweep_ranges_, dx_units + da_units + db_units};
     RunUnits(pool, c_.batch, units, work, /*backwards=*/false,
              [&](const Phases& phases, int phase, int64_t unit) {
                if (phase == 0) {
