@@ -166,7 +166,11 @@ enum class By { kNumbers, kPairs, kTiles };
 // The best that this machine has.
 By BestForBfloat16();
 
-const Kernels& KernelsFor(Storage storage, By by = BestForBfloat16());
+const Kernels& KernelsFor(Storage storage, By by);
+
+inline const Kernels& KernelsFor(Storage storage) {
+  return KernelsFor(storage, storage == Storage::kBfloat16 ? BestForBfloat16() : By::kNumbers);
+}
 
 // The name of the instruction set in use.
 const char* InstructionSet();
