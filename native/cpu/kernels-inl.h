@@ -666,6 +666,7 @@ template <By kBy>
 struct Packed {
   static constexpr size_t kRows = kNnRows, kVecs = kNnVecs, kWidth = Scratch::kPanel, kUnit = 1;
   static constexpr size_t kMost = Scratch::kPanelDepth, kUsual = kMost - kLanes;  // steps
+  static constexpr size_t kRow = Scratch::kPanelRow;
   struct Tiles {};
 };
 #if JAX_FUSED_LORA_AMX
@@ -678,6 +679,7 @@ struct Packed<By::kTiles> {
   static constexpr size_t kRows = Tiles::kBlock, kVecs = kRows / kLanes, kWidth = kRows;
   static constexpr size_t kUnit = Tiles::kSteps;
   static constexpr size_t kMost = Scratch::kTilesDepth, kUsual = kMost - kUnit;
+  static constexpr size_t kRow = Scratch::kTilesRow;
 };
 #endif
 
@@ -690,7 +692,7 @@ void PackedProduct(const T* x, size_t m, size_t k, const Pack& pack, size_t colu
                    const MoreDepth<PackFactor>& low_rank, const float* bias, Rows<TO> out,
                    Scratch* scratch) {
   using Of = Packed<Pack::kBy>;
-  constexpr size_t kWidth = Of::kWidth, kRow = Scratch::kPanelRow;
+  constexpr size_t kWidth = Of::kWidth, kRow = Of::kRow;
   constexpr size_t kElements = kTogether<Pack::kBy != By::kNumbers>;  // of x, in a step
   // The last depth takes in a low-rank part of a usual size: tiles so shallow that they have little
   // more than that are slow (AVX-512, 512×1024, rank 16, float32, forward and backward: seven
@@ -720,34 +722,36 @@ void PackedProduct(const T* x, size_t m, size_t k, const Pack& pack, size_t colu
     }
     for (size_t j = 0; j < columns; j += kWidth) {
       const size_t width = std::min(kWidth, columns - j);
-      const auto panels = Panels<float>::Packed(scratch->panel, depth, std::min(kPanel, kWidth));
-      const Panels<float> of_factor = {panels.data + of_w * panels.row, panels.row, panels.panel,
-                                       panels.width};
+      // From one step on. That a row of them is so long is a constant.
+      const auto panels_from = [&](size_t step) HWY_ATTR {
+        constexpr size_t kWide = std::min(kPanel, kWidth);
+        return Panels<float>{scratch->panel + step * kWide, kWide, depth * kWide, kWide};
+      };
+      const Panels<float> panels = panels_from(0), of_factor = panels_from(of_w);
       if (of_w > 0) {
         pack(p_of_w, j, depth_of_w, width, panels);
         std::fill(panels.data + filled * panels.row, of_factor.data, 0.0f);
       }
       if (of_b > 0) low_rank.pack(q, j, of_b, width, of_factor);
       float* sums = scratch->sums + j;
-      // The steps of `panels` from one on: [init +] rows · panels.
-      const auto multiply = [&](auto steps, size_t from, const auto& by, bool begun,
-                                auto ahead) HWY_ATTR {
+      const auto multiply = [&](auto steps, size_t from, bool begun, auto ahead) HWY_ATTR {
+        const Panels<const float> by = panels_from(from).Read();
         const Scalars rows = {scratch->rows + from, kRow, 1};
         const Rows<const float> init = {begun ? sums : nullptr, columns};
         if (p + depth < whole) {
-          Nn<float, float, kNnRows, Of::kVecs>(m, width, steps, rows, by.Read(), 1.0f, init,
+          Nn<float, float, kNnRows, Of::kVecs>(m, width, steps, rows, by, 1.0f, init,
                                                {sums, columns}, nullptr, ahead);
         } else {
-          Nn<float, TO, kNnRows, Of::kVecs>(m, width, steps, rows, by.Read(), 1.0f, init,
+          Nn<float, TO, kNnRows, Of::kVecs>(m, width, steps, rows, by, 1.0f, init,
                                             {out.data + j, out.row},
                                             bias == nullptr ? nullptr : bias + j, ahead);
         }
       };
       const auto begin = [&](auto ahead) HWY_ATTR {
         if constexpr (Pack::kBy == By::kNumbers) {
-          multiply(depth, 0, panels, p > 0, ahead);
+          multiply(depth, 0, p > 0, ahead);
         } else if constexpr (Pack::kBy == By::kPairs) {
-          multiply(PairsFirst{of_w, depth}, 0, panels, p > 0, ahead);
+          multiply(PairsFirst{of_w, depth}, 0, p > 0, ahead);
         } else {
           if (of_w > 0) {
             const auto ask = [&](size_t lines) HWY_ATTR {
@@ -757,7 +761,7 @@ void PackedProduct(const T* x, size_t m, size_t k, const Pack& pack, size_t colu
                            sums, columns, ask);
           }
           if (of_b > 0 || p + depth == whole) {
-            multiply(of_b, of_w, of_factor, p + of_w > 0, NothingAhead());
+            multiply(of_b, of_w, p + of_w > 0, NothingAhead());
           }
         }
       };

@@ -30,14 +30,15 @@ struct alignas(64) Scratch {
   static constexpr size_t kRows = 258, kColumns = 512;
   static constexpr size_t kPanel = 64;        // columns of W packed at a time
   static constexpr size_t kPanelDepth = 144;  // and rows: 36 KiB, in the first cache
+  static constexpr size_t kPanelRow = 160;    // x's rows meanwhile, apart by no power of two
   static constexpr size_t kTilesDepth = 272;  // the same of AMX's tiles, 32 columns: 34 KiB
-  static constexpr size_t kPanelRow = 288;    // x's rows meanwhile, apart by no power of two
+  static constexpr size_t kTilesRow = 288;
 
   float sums[kRows * kColumns];
   float panel[kPanelDepth * kPanel];
-  float rows[kRows * kPanelRow];  // an operand's rows, widened
+  float rows[kRows * kTilesRow];  // an operand's rows, widened
 };
-static_assert(Scratch::kRows * Scratch::kPanelRow >= Scratch::kDepthRows * Scratch::kDepth, "");
+static_assert(Scratch::kRows * Scratch::kTilesRow >= Scratch::kDepthRows * Scratch::kDepth, "");
 
 // A float32 factor of the low-rank part, (rank, columns), as `expand` reads it: in panels of
 // `width` columns, whose rows are `row` apart. Row-major, `row` is the number of columns and

@@ -258,7 +258,7 @@ class Suite {
   Scratch* PoisonedScratch() {
     std::fill_n(scratch_->sums, Scratch::kRows * Scratch::kColumns, kNan);
     std::fill_n(scratch_->panel, Scratch::kPanelDepth * Scratch::kPanel, kNan);
-    std::fill_n(scratch_->rows, Scratch::kRows * Scratch::kPanelRow, kNan);
+    std::fill_n(scratch_->rows, Scratch::kRows * Scratch::kTilesRow, kNan);
     return scratch_.get();
   }
 

@@ -166,8 +166,7 @@ HWY_INLINE void NnTile(Depth depth, Scalars a, Rows<const TB> b, float scale,
       for (size_t j = 0; j < kVecs; ++j) acc[i][j] = multiply(av, bv[j], acc[i][j]);
     }
   };
-  size_t p = 0;
-  const auto run = [&](size_t end, auto load_b, auto multiply) HWY_ATTR {
+  const auto run = [&](size_t p, size_t end, auto load_b, auto multiply) HWY_ATTR {
     if constexpr (Next::kSteps > 0) {
       for (; p + Next::kSteps <= end; p += Next::kSteps) {
         ahead.Ask();
@@ -186,18 +185,18 @@ HWY_INLINE void NnTile(Depth depth, Scalars a, Rows<const TB> b, float scale,
   if constexpr (std::is_same<Depth, PairsFirst>::value) {
     const auto pair = [](auto x, auto y, auto sum) HWY_ATTR { return MulAddPairs(x, y, sum); };
     if constexpr (std::is_same<TB, float>::value) {
-      run(depth.pairs, one, pair);
+      run(0, depth.pairs, one, pair);
     } else {
       const auto two = [&](size_t q, size_t j) HWY_ATTR {
         const TB* upper = b.data + 2 * q * b.row + j;
         return kTail ? PairUpN(upper, upper + b.row, columns) : PairUp(upper, upper + b.row);
       };
-      run(depth.pairs, two, pair);
+      run(0, depth.pairs, two, pair);
       b.data += depth.pairs * b.row;
     }
-    run(depth.steps, one, number);
+    run(depth.pairs, depth.steps, one, number);
   } else {
-    run(depth, one, number);
+    run(0, depth, one, number);
   }
   const VF vscale = hn::Set(d, scale);
   JAX_FUSED_LORA_UNROLL
