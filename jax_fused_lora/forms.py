@@ -28,11 +28,11 @@ takes 0.90 to 0.96 of "base", in float16 (64 to 2048 rows of 1024 and 2048) 0.4 
 ahead, by some percent, and by up to a quarter where the machine is unsteady. Where the CPU has
 instructions for bfloat16 XLA uses them, since jax 0.11.2 in any product, and so does ours:
 AVX-512's (BF16) and AMX. With them it takes, rank 16, of the plain formula's time and (in
-parentheses) "base" takes: on Zen 4, jax 0.12.0.1, 64 rows of 1024 0.78 (0.90), 512 rows 0.94
-(0.95), with the backward pass 0.83 (0.85), 2048 rows of 2048 0.89 to 1.00 (0.99); with AMX, jax
-0.11.2, on 16 cores, 64 rows of 1024 0.47 (0.77), 512 rows 0.56 (0.70), with the backward pass 0.65
-(0.82), 2048 rows of 2048 0.81 (0.81); on two of these, which vary by a third, 0.96 (0.90), 0.82
-(0.99), 0.99 (0.84), and 512 rows of 2048 0.99 (0.95).
+parentheses) "base" takes: on Zen 4, jax 0.12.0.1, 64 rows of 1024 0.83 (0.90), 512 rows 0.93
+(0.95), with the backward pass 0.76 to 0.83 (0.85), 2048 rows of 2048 0.89 to 1.00 (0.99); with AMX,
+jax 0.11.2, on 16 cores, 64 rows of 1024 0.47 (0.77), 512 rows 0.56 (0.70), with the backward pass
+0.65 (0.82), 2048 rows of 2048 0.81 (0.81); on two of these, which vary by a third, 0.96 (0.90),
+0.82 (0.99), 0.99 (0.84), and 512 rows of 2048 0.99 (0.95).
 """
 
 import functools
