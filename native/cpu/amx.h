@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <type_traits>
 #else
 #define JAX_FUSED_LORA_AMX 0
 #endif
@@ -63,8 +64,8 @@ class Tiles {
     for (size_t j = 0; j < n; j += kBlock) {
       for (size_t i = 0; i < m; i += kBlock) {
         Shape(std::min(kBlock, m - i), std::min(kBlock, n - j));
-        const Operand from = {x + i * x_row, x_row}, by = {w + j, w_row};
-        const Operand to = {out + i * out_row + j, out_row};
+        const Rows<const float> from = {x + i * x_row, x_row}, by = {w + j, w_row};
+        const Rows<float> to = {out + i * out_row + j, out_row};
         if (rows_ > kRows) {
           if (columns_ > kRows) {
             Block<true, true>(steps, from, by, add, to, ask);
@@ -81,9 +82,10 @@ class Tiles {
   }
 
  private:
-  struct Operand {
-    const float* data;
-    size_t row;
+  template <class Float>
+  struct Rows {
+    Float* data;
+    size_t row;  // distance
   };
 
   // What LDTILECFG reads.
@@ -115,56 +117,57 @@ class Tiles {
     asm volatile("ldtilecfg %0" ::"m"(shape));
   }
 
+  // Tiles are named in the instructions.
+  template <int kTile>
+  static void Zero() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
+  }
+  template <int kTile>
+  static void Load(const float* from, size_t row) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row * sizeof(float)), "i"(kTile)
+                 : "memory");
+  }
+  template <int kTile>
+  static void Store(float* to, size_t row) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(row * sizeof(float)), "i"(kTile)
+                 : "memory");
+  }
+  template <int kSums, int kX, int kW>
+  static void MultiplyAdd() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kX), "i"(kW));
+  }
+
   template <bool kTwoRows, bool kTwoColumns, class Ask>
-  static void Block(size_t steps, Operand x, Operand w, bool add, Operand out, const Ask& ask) {
-    float* to = const_cast<float*>(out.data);
-    float* below = to + kRows * out.row;
-    const size_t to_row = out.row * sizeof(float);
-    if (add) {
-      asm volatile("tileloadd (%0,%1,1), %%tmm0" ::"r"(to), "r"(to_row) : "memory");
-      if (kTwoColumns) {
-        asm volatile("tileloadd (%0,%1,1), %%tmm1" ::"r"(to + kRows), "r"(to_row) : "memory");
-      }
-      if (kTwoRows) {
-        asm volatile("tileloadd (%0,%1,1), %%tmm2" ::"r"(below), "r"(to_row) : "memory");
-      }
-      if (kTwoRows && kTwoColumns) {
-        asm volatile("tileloadd (%0,%1,1), %%tmm3" ::"r"(below + kRows), "r"(to_row) : "memory");
-      }
-    } else {
-      asm volatile("tilezero %tmm0");
-      if (kTwoColumns) asm volatile("tilezero %tmm1");
-      if (kTwoRows) asm volatile("tilezero %tmm2");
-      if (kTwoRows && kTwoColumns) asm volatile("tilezero %tmm3");
-    }
-    const size_t x_row = x.row * sizeof(float), w_row = w.row * sizeof(float);
+  static void Block(size_t steps, Rows<const float> x, Rows<const float> w, bool add,
+                    Rows<float> out, const Ask& ask) {
+    // body(tile's number, what it holds of `out`), for those that there are.
+    const auto for_each_sum = [&](const auto& body) {
+      float *to = out.data, *below = out.data + kRows * out.row;
+      body(std::integral_constant<int, 0>(), to);
+      if (kTwoColumns) body(std::integral_constant<int, 1>(), to + kRows);
+      if (kTwoRows) body(std::integral_constant<int, 2>(), below);
+      if (kTwoRows && kTwoColumns) body(std::integral_constant<int, 3>(), below + kRows);
+    };
+    for_each_sum([&](auto tile, const float* from) {
+      add ? Load<decltype(tile)::value>(from, out.row) : Zero<decltype(tile)::value>();
+    });
     for (size_t s = 0; s < steps; s += kSteps) {
       ask();
       const float *rows = x.data + s, *columns = w.data + s * w.row;
-      asm volatile("tileloadd (%0,%1,1), %%tmm4" ::"r"(rows), "r"(x_row) : "memory");
-      asm volatile("tileloadd (%0,%1,1), %%tmm6" ::"r"(columns), "r"(w_row) : "memory");
-      asm volatile("tdpbf16ps %tmm6, %tmm4, %tmm0");
+      Load<4>(rows, x.row);
+      Load<6>(columns, w.row);
+      MultiplyAdd<0, 4, 6>();
       if (kTwoColumns) {
-        asm volatile("tileloadd (%0,%1,1), %%tmm7" ::"r"(columns + kRows), "r"(w_row) : "memory");
-        asm volatile("tdpbf16ps %tmm7, %tmm4, %tmm1");
+        Load<7>(columns + kRows, w.row);
+        MultiplyAdd<1, 4, 7>();
       }
       if (kTwoRows) {
-        const float* more = rows + kRows * x.row;
-        asm volatile("tileloadd (%0,%1,1), %%tmm5" ::"r"(more), "r"(x_row) : "memory");
-        asm volatile("tdpbf16ps %tmm6, %tmm5, %tmm2");
+        Load<5>(rows + kRows * x.row, x.row);
+        MultiplyAdd<2, 5, 6>();
       }
-      if (kTwoRows && kTwoColumns) asm volatile("tdpbf16ps %tmm7, %tmm5, %tmm3");
+      if (kTwoRows && kTwoColumns) MultiplyAdd<3, 5, 7>();
     }
-    asm volatile("tilestored %%tmm0, (%0,%1,1)" ::"r"(to), "r"(to_row) : "memory");
-    if (kTwoColumns) {
-      asm volatile("tilestored %%tmm1, (%0,%1,1)" ::"r"(to + kRows), "r"(to_row) : "memory");
-    }
-    if (kTwoRows) {
-      asm volatile("tilestored %%tmm2, (%0,%1,1)" ::"r"(below), "r"(to_row) : "memory");
-    }
-    if (kTwoRows && kTwoColumns) {
-      asm volatile("tilestored %%tmm3, (%0,%1,1)" ::"r"(below + kRows), "r"(to_row) : "memory");
-    }
+    for_each_sum([&](auto tile, float* to) { Store<decltype(tile)::value>(to, out.row); });
   }
 
   size_t rows_ = 0, columns_ = 0;  // of the blocks that the tiles are shaped for
