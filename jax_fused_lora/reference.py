@@ -64,16 +64,22 @@ def _halves(wide: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, ja
 
 
 def _contract_split(wide: jax.Array, narrow: jax.Array, axis: int) -> jax.Array:
-    """`contract(wide, narrow, -1, axis)` of float32 (..., rank) and a bfloat16 factor, by halves.
+    """`contract(wide, narrow, -1, axis)` of float32 (..., rank) and a 16-bit factor, by halves.
+
+    Of float16 they are halves of scaled rows.
 
     The halves lie side by side, and the factor twice; or, of few rows, behind each other, which
     leaves the factor as it is (H100, 16 rows of 4096→4096, forward, to rounding h once: rank 256
     1.12 → 0.98, rank 128 1.09 → 1.04).
     """
+    scale = _into_float16(wide, -1) if narrow.dtype == jnp.float16 else 1.0
+    halves = _halves(scale * wide, narrow.dtype)
     if _few_rows(wide):
-        return contract(jnp.stack(_halves(wide, narrow.dtype)), narrow, -1, axis).sum(0)
-    twice = jnp.concatenate([narrow, narrow], axis)
-    return contract(jnp.concatenate(_halves(wide, narrow.dtype), -1), twice, -1, axis)
+        product = contract(jnp.stack(halves), narrow, -1, axis).sum(0)
+    else:
+        twice = jnp.concatenate([narrow, narrow], axis)
+        product = contract(jnp.concatenate(halves, -1), twice, -1, axis)
+    return product / scale
 
 
 def _sum_rows_split(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -90,24 +96,28 @@ def _sum_rows_split(left: jax.Array, right: jax.Array) -> jax.Array:
     def product(wide: jax.Array, narrow: jax.Array, rows: tuple[int, ...]) -> jax.Array:
         return contract(*((narrow, wide) if axis else (wide, narrow)), rows, rows)
 
-    scale = _into_float16(wide) if narrow.dtype == jnp.float16 else 1.0
+    scaled = narrow.dtype == jnp.float16
+    scale = _into_float16(wide, rows) if scaled else jnp.float32(1)
     halves = _halves(scale * wide, narrow.dtype)
     if _few_rows(wide) and _rows(wide) > 1:
         total = product(jnp.stack(halves), jnp.stack((narrow, narrow)), (*rows, len(rows)))
     else:
         high, low = jnp.split(product(jnp.concatenate(halves, -1), narrow, rows), 2, axis)
         total = high + low
-    return total / (scale if axis else jnp.expand_dims(scale, -1))
+    return total / scale.reshape((1, -1) if axis else (-1, 1)) if scaled else total
 
 
-def _into_float16(wide: jax.Array) -> jax.Array:
-    """What scales each column of (..., rank) to 2¹⁴ at most, within float16's range.
+def _into_float16(wide: jax.Array, axes: Axes) -> jax.Array:
+    """What scales the largest along `axes` to 2¹⁴, within float16's range; the axes stay, of size 1.
 
-    There two halves hold 22 bits of a number, but no less than 2⁻³⁹ of the column's largest.
+    There two halves hold 22 bits of a number, but no less than 2⁻³⁹ of the largest.
     """
     sizes = jnp.where(jnp.isfinite(wide), jnp.abs(wide), 0)
-    largest = jnp.max(sizes, tuple(range(wide.ndim - 1)), initial=0)
-    return 2.0**14 / jnp.maximum(largest, 2.0**-100)
+    return 2.0**14 / jnp.maximum(jnp.max(sizes, axes, keepdims=True, initial=0), 2.0**-100)
+
+
+def _is_16_bit(operand: jax.Array) -> bool:
+    return operand.dtype in (jnp.bfloat16, jnp.float16)
 
 
 def _rows(operand: jax.Array) -> int:
@@ -143,15 +153,15 @@ def forward(
         kernel: `(in_features, out_features)`, or None for the low-rank part alone.
         bias: `(out_features,)` or None.
         scaling: a scalar.
-        split: whether a float32 h is multiplied by bfloat16 factors as the sum of two bfloat16
-            arrays: 16 bits of each number, of whose sums 1e-5 of their size is asked. For GPUs,
-            where a float32 product with B takes up to as long as x·W.
+        split: whether a float32 h is multiplied by 16-bit factors as the sum of two such arrays: 16
+            bits or more of each number, of whose sums 1e-5 of their size is asked. For GPUs, where
+            a float32 product with B takes up to as long as x·W.
 
     Returns:
         y `(..., out_features)` in x's dtype and h `(..., rank)` in the accumulator's.
     """
     h = contract_narrow(x, lora_a, -1, 0)
-    if split and lora_b.dtype == jnp.bfloat16:
+    if split and _is_16_bit(lora_b):
         y = _contract_split(scaling * h, lora_b, 0)
     else:
         y = scaling * contract_narrow(h, lora_b.astype(h.dtype), -1, 0)
@@ -194,7 +204,7 @@ def backward(
         The gradients, each in the dtype of its operand.
     """
     wide = h.dtype
-    split = split and lora_b.dtype == jnp.bfloat16
+    split = split and _is_16_bit(lora_b)
     if split:
         t = scaling * contract(g, lora_b, -1, 1)
     else:

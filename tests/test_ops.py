@@ -192,28 +192,46 @@ def test_traced_scaling(implementation, rows, kernel, dtype):
         oracle.check(f"gradient of {name}", grad, expected[name], dtype, terms=terms)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kernel", [True, False], ids=["linear", "forward"])
 @pytest.mark.parametrize(
     ("rows", "rank"), [((5,), 8), ((2, 7), 33), ((63,), 64), ((65,), 64), ((1,), 5), ((0,), 3)]
 )
-def test_the_definition_of_gpus_splits_h_and_t(rows, rank, kernel):
+def test_the_definition_of_gpus_splits_h_and_t(rows, rank, kernel, dtype):
     """As right as the definition: a second rounding of h or t would break the bound."""
-    operands = oracle.operands(rows, 300, 130, rank, "bfloat16", kernel=kernel, bias=kernel)
-    g = oracle.operands(rows, 130, 1, 1, "bfloat16", seed=1)["x"]
+    operands = oracle.operands(rows, 300, 130, rank, dtype, kernel=kernel, bias=kernel)
+    g = oracle.operands(rows, 130, 1, 1, dtype, seed=1)["x"]
     expected = oracle.truth(operands, g, 0.75)
     given = [operands.get(name) for name in ("x", "lora_a", "lora_b", "kernel", "bias")]
     y, h = jax.jit(partial(reference.forward, scaling=0.75, split=True))(*given)
     backward = jax.jit(partial(reference.backward, scaling=0.75, split=True))
     gradients = backward(g, *given[:3], h, given[3])
     for name, result in zip(("y", "x", "lora_a", "lora_b"), (y, *gradients), strict=True):
-        oracle.check(name, result, expected[name], "bfloat16")
+        oracle.check(name, result, expected[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [8, 9])
+def test_a_split_h_may_be_infinite(rows, dtype):
+    x, ones = jnp.ones((rows, 8), dtype), jnp.ones((8, 8), dtype)
+    x = x.at[2].set(jnp.finfo(dtype).max if dtype == "bfloat16" else jnp.inf)
+    y, _ = reference.forward(x, ones, ones, scaling=1.0, split=True)
+    assert (y[2] == jnp.inf).all()
+    assert (jnp.delete(y, 2, 0) == 64).all()
 
 
 @pytest.mark.parametrize("rows", [8, 9])
-def test_a_split_h_may_be_infinite(rows):
-    x, ones = jnp.ones((rows, 8), jnp.bfloat16), jnp.ones((8, 8), jnp.bfloat16)
-    y, _ = reference.forward(x * 3e38, ones, ones, scaling=1.0, split=True)
-    assert (y == jnp.inf).all()
+def test_a_split_h_of_any_size(rows):
+    """h is float32: x·A of float16 may be much larger or smaller than what float16 holds."""
+    rng = np.random.default_rng(0)
+    sizes = 10.0 ** np.linspace(-7, 4, rows)
+    x = jnp.asarray(rng.normal(size=(rows, 64)) * sizes[:, None], "float16")
+    a = jnp.asarray(1e4 * rng.normal(size=(64, 8)), "float16")
+    b = jnp.asarray(1e-6 * rng.normal(size=(8, 40)), "float16")
+    y, h = reference.forward(x, a, b, scaling=1e-2, split=True)
+    assert np.abs(h).max() > 1e8
+    whole, _ = reference.forward(x, a, b, scaling=1e-2)
+    np.testing.assert_allclose(y, whole, rtol=1e-3, atol=2**-24)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -264,9 +282,10 @@ def test_gradient_of_b_in_the_sweep_for_t(implementation, rank):
     check_everything(operands, 0.75, implementation, "bfloat16")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("platform", ["cuda", "rocm"])
-def test_gpus_multiply_bfloat16_by_bfloat16(platform):
-    operands = oracle.operands((16,), 24, 40, 8, "bfloat16", bias=False)
+def test_gpus_multiply_16_bits_by_16_bits(platform, dtype):
+    operands = oracle.operands((16,), 24, 40, 8, dtype, bias=False)
     loss = jax.jit(jax.grad(lambda o: lora_linear(**o, scaling=2.0).astype(jnp.float32).sum()))
     text = loss.trace(operands).lower(lowering_platforms=(platform,)).as_text()
     dots = [line for line in text.splitlines() if "dot_general" in line]
