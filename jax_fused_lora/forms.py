@@ -178,6 +178,19 @@ _CUDA_SWEPT_RANK, _CUDA_SWEPT_COLUMNS, _CUDA_SWEPT_WIDTH = 16, 4096, 3072
 _CUDA_MANY_ROWS, _CUDA_MANY_WIDE_ROWS = 257, 385
 
 
+# Without W, in float16, multiplications from which ours is faster, forward and backward: there the
+# definition multiplies h and t in float32. An H200, microseconds of the definition (before its dA
+# and dB were split) and ours: 4096→4096, rank 16, 512 rows 9.4 and 10.3, 2048 rows 23.3 and 17.2,
+# 8192 rows 83.9 and 46.5, 512 rows of rank 64 22.1 and 19.3, 8192 rows of 1024→1024, rank 8, 21.9
+# and 13.7; forward and backward, 512 rows 46.7 and 30.9, of 1024→1024 26.7 and 20.7, 2048 rows of
+# 2048→2048, rank 256, 336 and 178.
+_CUDA_ALONE_FORWARD, _CUDA_ALONE_BACKWARD = 1 << 27, 1 << 24
+# In bfloat16 it is about as fast, 0.99 to 1.09 forward from 1536 rows on, but for narrow layers
+# backward: 1024→1024, rank 16, forward, and forward and backward, 2048 rows 6.8 and 7.1, 27.5 and
+# 24.7, 4096 rows 9.4 and 9.9, 36.8 and 31.7. Of 2048→2048 8192 rows take 79.5 and 81.0.
+_CUDA_ALONE_ROWS, _CUDA_ALONE_WIDTH, _CUDA_ALONE_RANK = 2048, 1024, 16
+
+
 def forward_form(
     library: str, problem: Problem, *, product: bool = False, named: bool = False
 ) -> str:
@@ -194,6 +207,8 @@ def forward_form(
         measured = problem.rank <= _CUDA_FEW_RANK and problem.k * problem.n >= _CUDA_FEW_WORK
         few = problem.rows <= _CUDA_FEW_ROWS and measured
         wins = few or _some_rows(problem) or _high_rank(problem) or _many_rows(problem, problem.n)
+        if not problem.has_kernel:
+            wins = problem.dtype == "float16" and _low_rank_work(problem) >= _CUDA_ALONE_FORWARD
         return _cuda_form(problem, product, wins, named)
     return _form(library, problem, _FORWARD, named)
 
@@ -206,6 +221,9 @@ def backward_form(
         # dx = g·Wᵀ + t·Aᵀ reads A as its rows lie, one rank after the other.
         takes = _tma_takes(problem) and problem.rank % 8 == 0
         wins = _some_rows(problem) or _high_rank(problem) or _many_rows(problem, problem.k)
+        if not problem.has_kernel:
+            many = problem.dtype == "float16" and _low_rank_work(problem) >= _CUDA_ALONE_BACKWARD
+            wins = many or _narrow_alone(problem)
         form = _cuda_form(problem, product and takes, wins, named)
         return "dx" if form == "kernel" and _leaves_gradients(problem) else form
     return _form(library, problem, _BACKWARD, named)
@@ -224,8 +242,7 @@ def _form(library: str, problem: Problem, limits: dict[str, _Limits], named: boo
 
 
 def _cuda_form(problem: Problem, product: bool, wins: bool, named: bool) -> str:
-    whole = product and problem.has_kernel and not problem.shared_kernel
-    if not named and not (whole and wins):
+    if not named and (problem.shared_kernel or not (product and wins)):
         return "xla"
     if not problem.has_kernel:
         return "delta"
@@ -255,11 +272,22 @@ def _leaves_gradients(problem: Problem) -> bool:
     """Whether dA and dB are better XLA's, which splits t and h for 16 bits."""
     if problem.dtype == "float32" or problem.wide_b:
         return False
-    rank, work = problem.rank, problem.rows * problem.rank * (problem.k + problem.n)
+    rank, work = problem.rank, _low_rank_work(problem)
     large = work >= _CUDA_GRADIENT_WORK[problem.dtype][rank > _CUDA_GRADIENT_RANK]
     narrow = rank <= _CUDA_SWEPT_RANK and problem.n <= _CUDA_SWEPT_COLUMNS
     swept = narrow and problem.k >= _CUDA_SWEPT_WIDTH
     return large and not swept
+
+
+def _low_rank_work(problem: Problem) -> int:
+    """Multiplications of a pass of the low-rank part, and of the gradients of A and B."""
+    return problem.rows * problem.rank * (problem.k + problem.n)
+
+
+def _narrow_alone(problem: Problem) -> bool:
+    """Whether the backward pass without W is faster in bfloat16."""
+    narrow = max(problem.k, problem.n) <= _CUDA_ALONE_WIDTH and problem.rank <= _CUDA_ALONE_RANK
+    return problem.dtype == "bfloat16" and narrow and problem.rows >= _CUDA_ALONE_ROWS
 
 
 def _many_rows(problem: Problem, columns: int) -> bool:

@@ -133,6 +133,27 @@ def test_gradients_without_a_kernel_are_one_call():
     assert both(layer(8192, has_kernel=False), product=True, named=True) == ("delta", "delta")
 
 
+@pytest.mark.parametrize(
+    ("problem", "forward", "backward"),
+    [
+        (layer(16, dtype="float16"), "xla", "xla"),
+        (layer(512, dtype="float16"), "xla", "delta"),
+        (layer(1024, dtype="float16"), "delta", "delta"),
+        (layer(512, rank=64, dtype="float16"), "delta", "delta"),
+        (layer(8192, dtype="bfloat16"), "xla", "xla"),
+        (layer(2048, k=1024, n=1024), "xla", "delta"),
+        (layer(2048, k=1024, n=1032), "xla", "xla"),
+        (layer(2048, k=1024, n=1024, rank=24), "xla", "xla"),
+        (layer(2047, k=1024, n=1024), "xla", "xla"),
+        (layer(8192, dtype="float32"), "xla", "xla"),
+    ],
+)
+def test_without_a_kernel_xla_is_slow_in_float16_and_narrow_layers(problem, forward, backward):
+    problem = problem._replace(has_kernel=False)
+    assert both(problem, product=True) == (forward, backward)
+    assert both(problem) == ("xla", "xla")
+
+
 def test_adapters_that_share_a_kernel_are_added_to_one_product():
     problem = layer(8192)._replace(shared_kernel=True)
     assert both(problem, product=True) == ("xla", "xla")

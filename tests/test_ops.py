@@ -215,9 +215,9 @@ def test_the_definition_of_gpus_splits_h_and_t(rows, rank, kernel, dtype):
 def test_a_split_h_may_be_infinite(rows, dtype):
     x, ones = jnp.ones((rows, 8), dtype), jnp.ones((8, 8), dtype)
     x = x.at[2].set(jnp.finfo(dtype).max if dtype == "bfloat16" else jnp.inf)
-    y, _ = reference.forward(x, ones, ones, scaling=1.0, split=True)
+    y, _ = reference.forward(x, ones, ones, 2 * ones, scaling=1.0, split=True)
     assert (y[2] == jnp.inf).all()
-    assert (jnp.delete(y, 2, 0) == 64).all()
+    assert (jnp.delete(y, 2, 0) == 80).all()
 
 
 @pytest.mark.parametrize("rows", [8, 9])
@@ -228,9 +228,10 @@ def test_a_split_h_of_any_size(rows):
     x = jnp.asarray(rng.normal(size=(rows, 64)) * sizes[:, None], "float16")
     a = jnp.asarray(1e4 * rng.normal(size=(64, 8)), "float16")
     b = jnp.asarray(1e-6 * rng.normal(size=(8, 40)), "float16")
-    y, h = reference.forward(x, a, b, scaling=1e-2, split=True)
+    w = jnp.zeros((64, 40), "float16")
+    y, h = reference.forward(x, a, b, w, scaling=1e-2, split=True)
     assert np.abs(h).max() > 1e8
-    whole, _ = reference.forward(x, a, b, scaling=1e-2)
+    whole, _ = reference.forward(x, a, b, w, scaling=1e-2)
     np.testing.assert_allclose(y, whole, rtol=1e-3, atol=2**-24)
 
 
