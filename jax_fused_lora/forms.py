@@ -179,15 +179,16 @@ _CUDA_MANY_ROWS, _CUDA_MANY_WIDE_ROWS = 257, 385
 
 
 # Without W, in float16, multiplications from which ours is faster, forward and backward: there the
-# definition multiplies h and t in float32. An H200, microseconds of the definition (before its dA
-# and dB were split) and ours: 4096→4096, rank 16, 512 rows 9.4 and 10.3, 2048 rows 23.3 and 17.2,
-# 8192 rows 83.9 and 46.5, 512 rows of rank 64 22.1 and 19.3, 8192 rows of 1024→1024, rank 8, 21.9
-# and 13.7; forward and backward, 512 rows 46.7 and 30.9, of 1024→1024 26.7 and 20.7, 2048 rows of
-# 2048→2048, rank 256, 336 and 178.
+# definition multiplies h and t in float32. An H200, microseconds of the definition, whose dA and dB
+# were not split then, and ours: 4096→4096, rank 16, 512 rows 9.4 and 10.3, 2048 rows 23.4 and 16.9,
+# 8192 rows 84.6 and 46.3, 512 rows of rank 64 22.1 and 19.3, 8192 rows of 1024→1024, rank 8, 21.9
+# and 13.7; forward and backward, 512 rows (forward XLA's) 48.8 and 31.9, of 1024→1024 26.7 and
+# 21.0, 4096 rows 177 and 85, 2048 rows of 2048→2048, rank 256, 336 and 178.
 _CUDA_ALONE_FORWARD, _CUDA_ALONE_BACKWARD = 1 << 27, 1 << 24
-# In bfloat16 it is about as fast, 0.99 to 1.09 forward from 1536 rows on, but for narrow layers
-# backward: 1024→1024, rank 16, forward, and forward and backward, 2048 rows 6.8 and 7.1, 27.5 and
-# 24.7, 4096 rows 9.4 and 9.9, 36.8 and 31.7. Of 2048→2048 8192 rows take 79.5 and 81.0.
+# In bfloat16 the definition is as fast, or by up to a tenth faster, but for narrow layers with the
+# backward pass. 1024→1024, rank 16, the definition and ours, forward, and forward and backward:
+# 2048 rows 6.8 and 7.1, 27.5 and 24.7 (with XLA's forward 30.8), 4096 rows 9.4 and 9.9, 36.8 and
+# 31.7 (34.1), 8192 rows 15.3 and 13.4; of 2048→2048 8192 rows 22.1 and 22.7, 79.5 and 81.0.
 _CUDA_ALONE_ROWS, _CUDA_ALONE_WIDTH, _CUDA_ALONE_RANK = 2048, 1024, 16
 
 
@@ -208,7 +209,7 @@ def forward_form(
         few = problem.rows <= _CUDA_FEW_ROWS and measured
         wins = few or _some_rows(problem) or _high_rank(problem) or _many_rows(problem, problem.n)
         if not problem.has_kernel:
-            wins = problem.dtype == "float16" and _low_rank_work(problem) >= _CUDA_ALONE_FORWARD
+            wins = _alone(problem, _CUDA_ALONE_FORWARD)
         return _cuda_form(problem, product, wins, named)
     return _form(library, problem, _FORWARD, named)
 
@@ -222,8 +223,7 @@ def backward_form(
         takes = _tma_takes(problem) and problem.rank % 8 == 0
         wins = _some_rows(problem) or _high_rank(problem) or _many_rows(problem, problem.k)
         if not problem.has_kernel:
-            many = problem.dtype == "float16" and _low_rank_work(problem) >= _CUDA_ALONE_BACKWARD
-            wins = many or _narrow_alone(problem)
+            wins = _alone(problem, _CUDA_ALONE_BACKWARD)
         form = _cuda_form(problem, product and takes, wins, named)
         return "dx" if form == "kernel" and _leaves_gradients(problem) else form
     return _form(library, problem, _BACKWARD, named)
@@ -284,8 +284,10 @@ def _low_rank_work(problem: Problem) -> int:
     return problem.rows * problem.rank * (problem.k + problem.n)
 
 
-def _narrow_alone(problem: Problem) -> bool:
-    """Whether the backward pass without W is faster in bfloat16."""
+def _alone(problem: Problem, work: int) -> bool:
+    """Whether a pass without W is faster, in float16 from so many multiplications on."""
+    if problem.dtype == "float16":
+        return _low_rank_work(problem) >= work
     narrow = max(problem.k, problem.n) <= _CUDA_ALONE_WIDTH and problem.rank <= _CUDA_ALONE_RANK
     return problem.dtype == "bfloat16" and narrow and problem.rows >= _CUDA_ALONE_ROWS
 
