@@ -185,10 +185,11 @@ _CUDA_MANY_ROWS, _CUDA_MANY_WIDE_ROWS = 257, 385
 # and 13.7; forward and backward, 512 rows (forward XLA's) 48.8 and 31.9, of 1024→1024 26.7 and
 # 21.0, 4096 rows 177 and 85, 2048 rows of 2048→2048, rank 256, 336 and 178.
 _CUDA_ALONE_FORWARD, _CUDA_ALONE_BACKWARD = 1 << 27, 1 << 24
-# In bfloat16 the definition is as fast, or by up to a tenth faster, but for narrow layers with the
-# backward pass. 1024→1024, rank 16, the definition and ours, forward, and forward and backward:
-# 2048 rows 6.8 and 7.1, 27.5 and 24.7 (with XLA's forward 30.8), 4096 rows 9.4 and 9.9, 36.8 and
-# 31.7 (34.1), 8192 rows 15.3 and 13.4; of 2048→2048 8192 rows 22.1 and 22.7, 79.5 and 81.0.
+# In bfloat16 the definition is as fast or faster (2048 rows of 4096→4096 14.1 and 15.0, of rank 64
+# 20 and 34, 512 rows 8.4 and 9.3), but for narrow layers with the backward pass. 1024→1024, rank
+# 16, the definition and ours, forward, and forward and backward: 2048 rows 6.8 and 7.1, 27.5 and
+# 24.7 (with XLA's forward 30.8), 4096 rows 9.4 and 9.9, 36.8 and 31.7 (34.1), 8192 rows 15.3 and
+# 13.4; of 2048→2048 8192 rows 22.1 and 22.7, 79.5 and 81.0.
 _CUDA_ALONE_ROWS, _CUDA_ALONE_WIDTH, _CUDA_ALONE_RANK = 2048, 1024, 16
 
 
