@@ -176,8 +176,6 @@ _CUDA_SWEPT_RANK, _CUDA_SWEPT_COLUMNS, _CUDA_SWEPT_WIDTH = 16, 4096, 3072
 # `_many_rows` says where it is. 384 rows of 4096→11008 take 1.26 and 1.28, 400 rows and more of it
 # and of 11008→4096 1.06 to 0.94.
 _CUDA_MANY_ROWS, _CUDA_MANY_WIDE_ROWS = 257, 385
-
-
 # Without W, in float16, multiplications from which ours is faster, forward and backward: there the
 # definition multiplies h and t in float32. An H200, microseconds of the definition, whose dA and dB
 # were not split then, and ours: 4096→4096, rank 16, 512 rows 9.4 and 10.3, 2048 rows 23.4 and 16.9,

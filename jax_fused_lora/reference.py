@@ -52,28 +52,38 @@ def contract_narrow(a: jax.Array, b: jax.Array, axes_a: Axes, axes_b: Axes) -> j
     return contract(a, b, axes_a, axes_b, precision)
 
 
-def _halves(wide: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
-    """Float32 numbers as the sum of two 16-bit ones: rounded, and what is left.
+def _halves(
+    wide: jax.Array, dtype: jax.typing.DTypeLike, axes: Axes
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """Float32 numbers, scaled, as the sum of two 16-bit ones: rounded, and what is left.
 
     Not by converting there and back, which XLA takes for nothing (`xla_allow_excess_precision`).
+
+    Returns:
+        The two, and what they were scaled by, for each place along the other axes: bfloat16 by 1;
+        float16, since h and t may be of any size, so that the largest along `axes` is 2¹⁴. There
+        two halves hold 22 bits of a number, but no less than 2⁻³⁹ of the largest.
     """
+    scale = jnp.ones((1,) * wide.ndim, wide.dtype)
+    if dtype == jnp.float16:
+        sizes = jnp.where(jnp.isfinite(wide), jnp.abs(wide), 0)
+        largest = jnp.max(sizes, axes, keepdims=True, initial=0)
+        scale = 2.0**14 / jnp.maximum(largest, 2.0**-100)
+    wide = scale * wide
     bits = jnp.finfo(dtype)
     high = lax.reduce_precision(wide, exponent_bits=bits.nexp, mantissa_bits=bits.nmant)
     low = jnp.where(jnp.isfinite(high), wide - high, 0)
-    return high.astype(dtype), low.astype(dtype)
+    return (high.astype(dtype), low.astype(dtype)), scale
 
 
 def _contract_split(wide: jax.Array, narrow: jax.Array, axis: int) -> jax.Array:
     """`contract(wide, narrow, -1, axis)` of float32 (..., rank) and a 16-bit factor, by halves.
 
-    Of float16 they are halves of scaled rows.
-
     The halves lie side by side, and the factor twice; or, of few rows, behind each other, which
     leaves the factor as it is (H100, 16 rows of 4096→4096, forward, to rounding h once: rank 256
     1.12 → 0.98, rank 128 1.09 → 1.04).
     """
-    scale = _into_float16(wide, -1) if narrow.dtype == jnp.float16 else 1.0
-    halves = _halves(scale * wide, narrow.dtype)
+    halves, scale = _halves(wide, narrow.dtype, -1)
     if _few_rows(wide):
         product = contract(jnp.stack(halves), narrow, -1, axis).sum(0)
     else:
@@ -85,8 +95,6 @@ def _contract_split(wide: jax.Array, narrow: jax.Array, axis: int) -> jax.Array:
 def _sum_rows_split(left: jax.Array, right: jax.Array) -> jax.Array:
     """`left`ᵀ·`right`, summed over rows, one of them float32 (..., rank), by halves as above.
 
-    Of float16 they are halves of scaled columns, since t may be of any size.
-
     Behind each other they need no sum of results (16 rows of 4096→4096, forward and backward: rank
     256 1.39 → 1.06, rank 128 1.30 → 1.13). One row is better multiplied number by number.
     """
@@ -96,24 +104,13 @@ def _sum_rows_split(left: jax.Array, right: jax.Array) -> jax.Array:
     def product(wide: jax.Array, narrow: jax.Array, rows: tuple[int, ...]) -> jax.Array:
         return contract(*((narrow, wide) if axis else (wide, narrow)), rows, rows)
 
-    scaled = narrow.dtype == jnp.float16
-    scale = _into_float16(wide, rows) if scaled else jnp.float32(1)
-    halves = _halves(scale * wide, narrow.dtype)
+    halves, scale = _halves(wide, narrow.dtype, rows)
     if _few_rows(wide) and _rows(wide) > 1:
         total = product(jnp.stack(halves), jnp.stack((narrow, narrow)), (*rows, len(rows)))
     else:
         high, low = jnp.split(product(jnp.concatenate(halves, -1), narrow, rows), 2, axis)
         total = high + low
-    return total / scale.reshape((1, -1) if axis else (-1, 1)) if scaled else total
-
-
-def _into_float16(wide: jax.Array, axes: Axes) -> jax.Array:
-    """What scales the largest along `axes`, which stay, of size 1, to 2¹⁴, in float16's range.
-
-    There two halves hold 22 bits of a number, but no less than 2⁻³⁹ of the largest.
-    """
-    sizes = jnp.where(jnp.isfinite(wide), jnp.abs(wide), 0)
-    return 2.0**14 / jnp.maximum(jnp.max(sizes, axes, keepdims=True, initial=0), 2.0**-100)
+    return total / scale.reshape((1, -1) if axis else (-1, 1))
 
 
 def _is_16_bit(operand: jax.Array) -> bool:
