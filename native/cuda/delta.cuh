@@ -1,0 +1,163 @@
+// What the kernels of y = s·(x·A)·B alone, for few rows, have in common: a cluster of 8 blocks has
+// a tile of rows. Each sums its eighth of the depth, sends the sums to all, and writes its part of
+// y. There is hardly any work in that; the time is what the steps take that wait for each other,
+// and how many instructions a warp has between them. So what is not usual (other ranks, types that
+// differ, an addend) is not asked for here but left to rows.cu and thin.cu, all that is read is
+// asked for at the start, B too, and sums are sent so that nobody has to ask for them: 970 cycles
+// at a barrier of the cluster that waits for what was stored elsewhere became 300.
+#ifndef JAX_FUSED_LORA_NATIVE_CUDA_DELTA_CUH_
+#define JAX_FUSED_LORA_NATIVE_CUDA_DELTA_CUH_
+
+#include <algorithm>
+
+#include "native/cuda/shrink_expand.cuh"
+
+namespace jax_fused_lora {
+
+struct DeltaArguments {
+  int rows, in, out;
+  const void *x, *a, *b;
+  float shrink_scaling, expand_scaling;
+  float* h;  // may be null
+  void* y;
+};
+
+// Blocks that run at once: of an H200's 132 multiprocessors 120 take clusters of 8.
+constexpr int64_t kDeltaBlocks = 120;
+
+// Whether the kernels are for such a pass, wherever its operands lie.
+inline bool DeltaTakes(const Pass& pass) {
+  const Sizes& sizes = pass.sizes;
+  const bool ranks = sizes.rank == 8 || sizes.rank == 16 || sizes.rank == 32 || sizes.rank == 64;
+  const bool alike = pass.a.element == pass.element && pass.b.element == pass.element &&
+                     pass.a.transposed == pass.b.transposed;
+  const bool bare = pass.addend.base == nullptr && pass.addend.bias == nullptr &&
+                    pass.h16 == nullptr && pass.y != nullptr;
+  return ranks && alike && bare && sizes.in > 0 && std::max(sizes.in, sizes.out) <= 1 << 27 &&
+         HasSm90();
+}
+
+// Launches a kernel for a pass, its columns cut into so many clusters' that each
+// block's part is at most `columns`, if there is room for them.
+inline cudaError_t LaunchDelta(void (*kernel)(DeltaArguments), cudaStream_t stream,
+                               const Pass& pass, int64_t tile, int64_t columns, int threads,
+                               size_t shared) {
+  const Sizes& sizes = pass.sizes;
+  const int64_t tiles = CeilDiv(sizes.rows, tile);
+  const int64_t room = std::max<int64_t>(1, kDeltaBlocks / (tiles * kMostParts));
+  const int64_t splits = std::min(room, CeilDiv(sizes.out, columns * kMostParts));
+  const DeltaArguments arguments = {static_cast<int>(sizes.rows),
+                                    static_cast<int>(sizes.in),
+                                    static_cast<int>(sizes.out),
+                                    pass.x,
+                                    pass.a.data,
+                                    pass.b.data,
+                                    pass.shrink_scaling,
+                                    pass.expand_scaling,
+                                    pass.h,
+                                    pass.y};
+  return Launch(kernel,
+                dim3(kMostParts, static_cast<unsigned>(splits), static_cast<unsigned>(tiles)),
+                threads, shared, stream, false, kMostParts, arguments);
+}
+
+#ifdef __CUDACC__
+
+// How the blocks of a cluster send each other their sums. A block waits until the bytes that it
+// expects have arrived; then all it was sent may be read, and nothing more comes.
+class Exchange {
+ public:
+  // `barrier` is in shared memory. All threads; bytes: of the sums of all blocks.
+  __device__ Exchange(uint64_t* barrier, int bytes) : barrier_(SharedAddress(barrier)) {
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x == 0) {
+      asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier_) : "memory");
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier_), "r"(bytes)
+                   : "memory");
+    }
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+  }
+
+  // All threads, before the first sends: nothing may be sent to a block that has not begun.
+  __device__ void Begin() const {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+  }
+
+  // One or four floats to where `to` is in block `part`.
+  template <int kCount>
+  __device__ void Send(const float (&values)[kCount], const float* to, int part) const {
+    static_assert(kCount == 1 || kCount == 4);
+#if __CUDA_ARCH__ >= 900
+    const auto there = [part](uint32_t here) {
+      uint32_t address;
+      asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(here), "r"(part));
+      return address;
+    };
+    const uint32_t address = there(SharedAddress(to)), signal = there(barrier_);
+    if constexpr (kCount == 1) {
+      asm volatile(
+          "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+              address),
+          "r"(__float_as_uint(values[0])), "r"(signal)
+          : "memory");
+    } else {
+      asm volatile(
+          "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
+          "[%5];" ::"r"(address),
+          "r"(__float_as_uint(values[0])), "r"(__float_as_uint(values[1])),
+          "r"(__float_as_uint(values[2])), "r"(__float_as_uint(values[3])), "r"(signal)
+          : "memory");
+    }
+#endif
+  }
+
+  // All threads.
+  __device__ void Wait() const {
+#if __CUDA_ARCH__ >= 900
+    uint32_t done = 0;
+    while (!done) {
+      asm volatile(
+          "{\n .reg .pred done;\n"
+          " mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], 0;\n"
+          " selp.u32 %0, 1, 0, done;\n}"
+          : "=r"(done)
+          : "r"(barrier_)
+          : "memory");
+    }
+#endif
+  }
+
+ private:
+  uint32_t barrier_;
+};
+
+// The sum of what the blocks have sent, in one order.
+template <int kSize>
+__device__ inline float SumParts(const float (&arrived)[kMostParts][kSize], int at) {
+  float parts[kMostParts];
+#pragma unroll
+  for (int i = 0; i < kMostParts; ++i) parts[i] = arrived[i][at];
+#pragma unroll
+  for (int apart = 1; apart < kMostParts; apart *= 2) {
+#pragma unroll
+    for (int i = 0; i < kMostParts; i += 2 * apart) parts[i] += parts[i + apart];
+  }
+  return parts[0];
+}
+
+#endif  // __CUDACC__
+
+// Both: `pass` must be one that the kernel serves.
+bool DeltaFmaServes(const Pass& pass);
+cudaError_t LaunchDeltaFma(cudaStream_t stream, const Pass& pass);
+bool DeltaMmaServes(const Pass& pass);
+cudaError_t LaunchDeltaMma(cudaStream_t stream, const Pass& pass);
+
+}  // namespace jax_fused_lora
+
+#endif  // JAX_FUSED_LORA_NATIVE_CUDA_DELTA_CUH_
