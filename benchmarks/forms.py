@@ -39,8 +39,8 @@ def main() -> None:
                 with mock.patch.object(forms, varied, lambda *_, form=form, **__: form):
                     sides[form] = bench.sides_of(case)["ours"]
                     sides[form]()  # traced, and so the form is chosen, here
-            times = bench.interleave(sides, options.seconds)
-            medians = {form: np.median(t) * 1e6 / case.layers for form, t in times.items()}
+            times = bench.microseconds(case, bench.interleave(sides, options.seconds))
+            medians = {form: np.median(each) for form, each in times.items()}
             best = min(medians, key=medians.__getitem__)
             figures = "  ".join(f"{form} {us:9,.0f}" for form, us in medians.items())
             print(

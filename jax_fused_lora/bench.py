@@ -146,6 +146,18 @@ class Case:
             enough, bearable = 64, min((1 << 43) // self.flops, (8 << 30) // self.moved_bytes)
         return max(2, min(enough, 64, bearable) // 2 * 2)
 
+    @property
+    def passes(self) -> int:
+        """How often a program goes through the chain.
+
+        Once on a CPU (see `layers`). On a GPU as often as it takes to move 2 GB, within 1 to 16:
+        where a program is started XLA brings its CUDA graphs up to date, at 2 to 5 µs for each
+        small layer; in a loop within the program it starts them as they are.
+        """
+        if default_platform() == "cpu":
+            return 1
+        return max(1, min(16, (2 << 30) // (self.layers * self.moved_bytes)))
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -262,16 +274,16 @@ def measure(case: Case, *, seconds: float = 2.0, implementation: str | None = No
         WrongResult: if a result is not finite or ours differs from XLA's.
     """
     sides = sides_of(case, implementation)
-    error = _check(case, sides)
-    calls = interleave(sides, seconds)
-    per_layer = {name: times * 1e6 / case.layers for name, times in calls.items()}
+    # Roundings add up from pass to pass, so it is one that is checked.
+    error = _check(case, sides if case.passes == 1 else sides_of(case, implementation, passes=1))
+    per_layer = microseconds(case, interleave(sides, seconds))
     medians = {name: float(np.median(times)) for name, times in per_layer.items()}
     ours = medians["ours"]
     return Row(
         case=case,
         form=route(case, implementation),
         layers=case.layers,
-        rounds=len(calls["ours"]),
+        rounds=len(per_layer["ours"]),
         ours_us=ours,
         xla_us=medians["xla"],
         base_us=medians.get("base"),
@@ -281,6 +293,11 @@ def measure(case: Case, *, seconds: float = 2.0, implementation: str | None = No
         gflop_per_s=case.flops / ours / 1e3,
         error=error,
     )
+
+
+def microseconds(case: Case, times: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What `interleave` measured of a case's sides, in microseconds a layer."""
+    return {name: 1e6 / (case.layers * case.passes) * each for name, each in times.items()}
 
 
 def keep_freed_memory() -> None:
@@ -304,8 +321,16 @@ Layer = Callable[[jax.Array, Weights, Weights], jax.Array]
 Side = Callable[[], Any]
 
 
-def sides_of(case: Case, implementation: str | None = None) -> dict[str, Side]:
-    """The compiled programs, each with its arguments; all of them use the same weights."""
+def sides_of(
+    case: Case, implementation: str | None = None, *, passes: int | None = None
+) -> dict[str, Side]:
+    """The compiled programs, each with its arguments; all of them use the same weights.
+
+    Args:
+        case: what each program computes.
+        implementation: passed on to our op.
+        passes: through the chain, in place of `case.passes`.
+    """
 
     def ours(x: jax.Array, frozen: Weights, trained: Weights) -> jax.Array:
         op: Callable[..., jax.Array] = getattr(jax_fused_lora, case.op)
@@ -324,13 +349,14 @@ def sides_of(case: Case, implementation: str | None = None) -> dict[str, Side]:
     sides: dict[str, tuple[Layer, list[Weights]]] = {"ours": (ours, trained), "xla": (xla, trained)}
     if case.has_kernel:
         sides["base"] = (base, [()] * case.layers)
+    passes = case.passes if passes is None else passes
     return {
-        name: partial(_program(layer, case), x, frozen, weights, cotangent)
+        name: partial(_program(layer, case, passes), x, frozen, weights, cotangent)
         for name, (layer, weights) in sides.items()
     }
 
 
-def _program(layer: Layer, case: Case) -> Callable[..., Any]:
+def _program(layer: Layer, case: Case, passes: int) -> Callable[..., Any]:
     """The jitted chain; weights are arguments, so that XLA cannot compute with them beforehand."""
 
     def forward(x: jax.Array, frozen: list[Weights], trained: list[Weights]) -> jax.Array:
@@ -341,11 +367,16 @@ def _program(layer: Layer, case: Case) -> Callable[..., Any]:
     def run(
         x: jax.Array, frozen: list[Weights], trained: list[Weights], cotangent: jax.Array
     ) -> Any:
-        if not case.backward:
-            return forward(x, frozen, trained)
-        y, pull = jax.vjp(lambda x, trained: forward(x, frozen, trained), x, trained)
+        def once(_: int, carry: Any) -> Any:
+            x, gradients = carry
+            if not case.backward:
+                return forward(x, frozen, trained), gradients
+            y, pull = jax.vjp(lambda x, trained: forward(x, frozen, trained), x, trained)
+            return y, pull(cotangent)
+
         # y is returned because its last product would be dropped as unused without it.
-        return y, pull(cotangent)
+        carry = x, (x, trained) if case.backward else ()
+        return once(0, carry) if passes == 1 else jax.lax.fori_loop(0, passes, once, carry)
 
     return jax.jit(run)
 
@@ -414,8 +445,8 @@ def interleave(sides: dict[str, Side], seconds: float) -> dict[str, np.ndarray]:
     after XLA's, ours of a bfloat16 1×2048→2048 layer took 986, 784, 755, 638, 567, 530 µs on Zen 3.
 
     On a GPU several calls are timed together, each handed over while the one before runs, as a
-    training loop does it. One at a time, the host's 7 to 10 µs a layer (XLA brings its CUDA graphs
-    up to date) are added to what the GPU takes, 24 for 512 rows of 4096→4096 in bfloat16.
+    training loop does it. One at a time, the host's 7 to 10 µs a layer (see `Case.passes`) are
+    added to what the GPU takes, 24 for 512 rows of 4096→4096 in bfloat16.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
     together = dict.fromkeys(sides, 1)

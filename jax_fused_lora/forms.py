@@ -176,6 +176,19 @@ _CUDA_SWEPT_RANK, _CUDA_SWEPT_COLUMNS, _CUDA_SWEPT_WIDTH = 16, 4096, 3072
 # `_many_rows` says where it is. 384 rows of 4096→11008 take 1.26 and 1.28, 400 rows and more of it
 # and of 11008→4096 1.06 to 0.94.
 _CUDA_MANY_ROWS, _CUDA_MANY_WIDE_ROWS = 257, 385
+# Without W, rows up to which the kernels for few rows are faster than the definition, of the ranks
+# that they take; multiples of 64 in and out of 16 bits, of 4 in float32. An H200, layers in a loop
+# within one program, microseconds of the definition (in brackets of the plain formula) and ours.
+# 4096→4096, rank 16, bfloat16, 1 row 5.4 (3.2) and 2.3, 16 rows 4.6 (3.7) and 3.7, 128 rows 5.6
+# (4.0) and 3.7, 480 rows 7.2 (5.6) and 5.1, float16 10.6 (5.7) and 5.3; rank 32, 16 rows 5.2 (3.8)
+# and 5.1, 400 rows 8.6 (7.0) and 7.4, but rank 64, 16 rows 6.4 (5.0) and 8.0; 1024→1024, 240 rows
+# 4.2 (3.2) and 3.0. float32, 32 rows 5.6 (4.5) and 3.4, 128 rows 7.6 (5.9) and 8.3; 1024→1024, rank
+# 8, 1 row 2.1 (2.1) and 1.8, 64 rows 4.0 (3.4) and 2.8, 256 rows 4.7 (3.9) and 6.4.
+# Forward and backward: 16 rows 24.8 (12.5) and 11.5, 480 rows 33.1 (23.1) and 18.1, one row 13.4
+# (7.5) and 8.4; float32, 1024→1024, rank 8, 16 rows 18.7 (16.0) and 8.8, but one row 4.9 (5.0) and
+# 6.8, whose backward pass XLA's is.
+_CUDA_ALONE_FEW_RANKS = (8, 16, 32)
+_CUDA_ALONE_FEW_ROWS = {"float32": 64, "bfloat16": 480, "float16": 480}
 # Without W, in float16, multiplications from which ours is faster, forward and backward: there the
 # definition multiplies h and t in float32. An H200, microseconds of the definition, whose dA and dB
 # were not split then, and ours: 4096→4096, rank 16, 512 rows 9.4 and 10.3, 2048 rows 23.4 and 16.9,
@@ -202,13 +215,14 @@ def forward_form(
         product: as in `implementations.Library`.
         named: whether the user named the library; "xla" is then no answer.
     """
+    if library == "cuda" and not problem.has_kernel:
+        wins = _few_alone(problem) or _alone(problem, _CUDA_ALONE_FORWARD)
+        return "delta" if named or (product and wins) else "xla"
     if library == "cuda":
         product = product and _tma_takes(problem)
         measured = problem.rank <= _CUDA_FEW_RANK and problem.k * problem.n >= _CUDA_FEW_WORK
         few = problem.rows <= _CUDA_FEW_ROWS and measured
         wins = few or _some_rows(problem) or _high_rank(problem) or _many_rows(problem, problem.n)
-        if not problem.has_kernel:
-            wins = _alone(problem, _CUDA_ALONE_FORWARD)
         return _cuda_form(problem, product, wins, named)
     return _form(library, problem, _FORWARD, named)
 
@@ -217,12 +231,14 @@ def backward_form(
     library: str, problem: Problem, *, product: bool = False, named: bool = False
 ) -> str:
     """The form of `lora_backward`; arguments as of `forward_form`."""
+    if library == "cuda" and not problem.has_kernel:
+        few = _few_alone(problem) and (problem.dtype != "float32" or problem.rows > 1)
+        wins = few or _alone(problem, _CUDA_ALONE_BACKWARD)
+        return "delta" if named or (product and wins) else "xla"
     if library == "cuda":
         # dx = g·Wᵀ + t·Aᵀ reads A as its rows lie, one rank after the other.
         takes = _tma_takes(problem) and problem.rank % 8 == 0
         wins = _some_rows(problem) or _high_rank(problem) or _many_rows(problem, problem.k)
-        if not problem.has_kernel:
-            wins = _alone(problem, _CUDA_ALONE_BACKWARD)
         form = _cuda_form(problem, product and takes, wins, named)
         return "dx" if form == "kernel" and _leaves_gradients(problem) else form
     return _form(library, problem, _BACKWARD, named)
@@ -243,8 +259,6 @@ def _form(library: str, problem: Problem, limits: dict[str, _Limits], named: boo
 def _cuda_form(problem: Problem, product: bool, wins: bool, named: bool) -> str:
     if not named and (problem.shared_kernel or not (product and wins)):
         return "xla"
-    if not problem.has_kernel:
-        return "delta"
     if problem.shared_kernel:  # "kernel" would sweep W for each adapter
         return "base"
     return "kernel" if product or problem.rows <= _CUDA_FEW_ROWS else "base"
@@ -283,8 +297,18 @@ def _low_rank_work(problem: Problem) -> int:
     return problem.rows * problem.rank * (problem.k + problem.n)
 
 
+def _few_alone(problem: Problem) -> bool:
+    """Whether a pass without W, of few rows, is faster."""
+    multiple = 4 if problem.dtype == "float32" else 64
+    whole = problem.k % multiple == 0 and problem.n % multiple == 0
+    few = problem.rows <= _CUDA_ALONE_FEW_ROWS[problem.dtype]
+    return few and whole and problem.rank in _CUDA_ALONE_FEW_RANKS and not problem.wide_b
+
+
 def _alone(problem: Problem, work: int) -> bool:
     """Whether a pass without W is faster, in float16 from so many multiplications on."""
+    if not _tma_takes(problem):
+        return False
     if problem.dtype == "float16":
         return _low_rank_work(problem) >= work
     narrow = max(problem.k, problem.n) <= _CUDA_ALONE_WIDTH and problem.rank <= _CUDA_ALONE_RANK

@@ -214,8 +214,8 @@ def time_case(blank: Timing) -> Timing:
 def medians(case: Case, names: Sequence[str]) -> dict[str, float]:
     """Times implementations of a layer in turns: the median of each in microseconds a layer."""
     sides = {name: bench.sides_of(case, name)["ours"] for name in names}
-    times = bench.interleave(sides, 0.0)
-    return {name: float(np.median(times[name])) * 1e6 / case.layers for name in names}
+    times = bench.microseconds(case, bench.interleave(sides, 0.0))
+    return {name: float(np.median(times[name])) for name in names}
 
 
 def fight(

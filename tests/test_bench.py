@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -119,6 +120,29 @@ def test_all_gradients_leave_the_program(short_chain):
     for name in ("ours", "xla"):
         assert [leaf.shape for leaf in jax.tree.leaves(sides[name]())] == [y, dx, *gradients]
     assert [leaf.shape for leaf in jax.tree.leaves(sides["base"]())] == [y, dx]
+
+
+@pytest.mark.parametrize("direction", bench.DIRECTIONS)
+def test_passes_follow_each_other(short_chain, direction):
+    """On a GPU; here by name."""
+    case = Case("lora_linear", 3, 16, 24, 4, direction=direction)
+    sides, repeated = bench.sides_of(case), bench.sides_of(case, passes=3)
+    for name, side in sides.items():
+        x, *rest = side.args
+        for _ in range(2):
+            x = jax.tree.leaves(side.func(x, *rest))[0]
+        chex.assert_trees_all_close(
+            jax.tree.leaves(repeated[name]()), jax.tree.leaves(side.func(x, *rest)), rtol=1e-5
+        )
+
+
+def test_short_chains_are_repeated_on_gpus(monkeypatch):
+    short, long = (Case("lora_linear", 16, width, width, 16, "bfloat16") for width in (1024, 4096))
+    assert short.passes == long.passes == 1
+    monkeypatch.setattr(bench, "default_platform", lambda: "cuda")
+    assert (short.passes, long.passes) == (15, 1)
+    times = bench.microseconds(short, {"ours": np.array([0.96e-3])})
+    np.testing.assert_allclose(times["ours"], 1.0)
 
 
 @pytest.mark.parametrize("preset", bench.PRESETS)

@@ -136,7 +136,6 @@ def test_gradients_without_a_kernel_are_one_call():
 @pytest.mark.parametrize(
     ("problem", "forward", "backward"),
     [
-        (layer(16, dtype="float16"), "xla", "xla"),
         (layer(512, dtype="float16"), "xla", "delta"),
         (layer(1024, dtype="float16"), "delta", "delta"),
         (layer(512, rank=64, dtype="float16"), "delta", "delta"),
@@ -152,6 +151,30 @@ def test_without_a_kernel_xla_is_slow_in_float16_and_narrow_layers(problem, forw
     problem = problem._replace(has_kernel=False)
     assert both(problem, product=True) == (forward, backward)
     assert both(problem) == ("xla", "xla")
+
+
+@pytest.mark.parametrize(
+    ("problem", "forward", "backward"),
+    [
+        (layer(1), "delta", "delta"),
+        (layer(480), "delta", "delta"),
+        (layer(481), "xla", "xla"),
+        (layer(16, rank=32, dtype="float16"), "delta", "delta"),
+        (layer(16, rank=64), "xla", "xla"),
+        (layer(16, rank=12), "xla", "xla"),
+        (layer(16, k=4096, n=4128), "xla", "xla"),
+        (layer(16, wide_b=True), "xla", "xla"),
+        (layer(1, dtype="float32"), "delta", "xla"),
+        (layer(64, k=772, n=1000, rank=8, dtype="float32"), "delta", "delta"),
+        (layer(16, k=770, n=1000, rank=8, dtype="float32"), "xla", "xla"),
+        (layer(65, dtype="float32"), "xla", "xla"),
+    ],
+)
+def test_without_a_kernel_few_rows_have_kernels_of_their_own(problem, forward, backward):
+    problem = problem._replace(has_kernel=False)
+    assert both(problem, product=True) == (forward, backward)
+    assert both(problem) == ("xla", "xla")
+    assert both(problem, named=True) == ("delta", "delta")
 
 
 def test_adapters_that_share_a_kernel_are_added_to_one_product():
