@@ -63,13 +63,12 @@ inline cudaError_t LaunchDelta(void (*kernel)(DeltaArguments), cudaStream_t stre
 
 #ifdef __CUDACC__
 
-// How the blocks of a cluster send each other their sums. A block waits until the bytes that it
-// expects have arrived; then all it was sent may be read, and nothing more comes.
+// How the blocks of a cluster send each other their sums, from sm_90 on. A block waits until the
+// bytes that it expects have arrived; then all it was sent may be read, and nothing more comes.
 class Exchange {
  public:
   // `barrier` is in shared memory. All threads; bytes: of the sums of all blocks.
   __device__ Exchange(uint64_t* barrier, int bytes) : barrier_(SharedAddress(barrier)) {
-#if __CUDA_ARCH__ >= 900
     if (threadIdx.x == 0) {
       asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier_) : "memory");
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -78,21 +77,15 @@ class Exchange {
     }
     __syncwarp();
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
   }
 
   // All threads, before the first sends: nothing may be sent to a block that has not begun.
-  __device__ void Begin() const {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-#endif
-  }
+  __device__ void Begin() const { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 
   // One or four floats to where `to` is in block `part`.
   template <int kCount>
   __device__ void Send(const float (&values)[kCount], const float* to, int part) const {
     static_assert(kCount == 1 || kCount == 4);
-#if __CUDA_ARCH__ >= 900
     const auto there = [part](uint32_t here) {
       uint32_t address;
       asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(here), "r"(part));
@@ -113,12 +106,10 @@ class Exchange {
           "r"(__float_as_uint(values[2])), "r"(__float_as_uint(values[3])), "r"(signal)
           : "memory");
     }
-#endif
   }
 
   // All threads.
   __device__ void Wait() const {
-#if __CUDA_ARCH__ >= 900
     uint32_t done = 0;
     while (!done) {
       asm volatile(
@@ -129,7 +120,6 @@ class Exchange {
           : "r"(barrier_)
           : "memory");
     }
-#endif
   }
 
  private:

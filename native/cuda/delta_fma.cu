@@ -39,6 +39,7 @@ __device__ inline void Clear(E* value) {
 template <class E, bool kTransposed, int kRanks, int kRows>
 __global__ void __launch_bounds__(kThreads)
     DeltaFmaKernel(const __grid_constant__ DeltaArguments p) {
+#if __CUDA_ARCH__ >= 900  // the others never get it
   constexpr int kSums = kRows * kRanks, kAhead = kRanks < 16 ? 4 : 8;
   constexpr int kAtOnce = kRanks < 16 ? kRanks : 16;  // ranks of B
   __shared__ __align__(16) float shares[kWarps][kSums];
@@ -221,6 +222,7 @@ __global__ void __launch_bounds__(kThreads)
     quad += kThreads * gridDim.y;
     if (quad < last_quad) load_b(0);
   }
+#endif
 }
 
 template <class E, bool kTransposed, int kRanks>

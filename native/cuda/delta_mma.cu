@@ -154,6 +154,7 @@ struct Shared {
 template <class E, bool kTransposed, int kRanks>
 __global__ void __launch_bounds__(kThreads)
     DeltaMmaKernel(const __grid_constant__ DeltaArguments p) {
+#if __CUDA_ARCH__ >= 900  // the others never get it
   constexpr int kBlocks = kRanks / 8, kSteps = (kRanks + 15) / 16, kAhead = 2;
   extern __shared__ __align__(16) char memory[];
   Shared<kRanks>& shared = *reinterpret_cast<Shared<kRanks>*>(memory);
@@ -285,6 +286,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
+#endif
 }
 
 template <class E, bool kTransposed, int kRanks>
