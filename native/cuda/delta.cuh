@@ -9,6 +9,7 @@
 #define JAX_FUSED_LORA_NATIVE_CUDA_DELTA_CUH_
 
 #include <algorithm>
+#include <type_traits>
 
 #include "native/cuda/shrink_expand.cuh"
 
@@ -35,6 +36,23 @@ inline bool DeltaTakes(const Pass& pass) {
                     pass.h16 == nullptr && pass.y != nullptr;
   return ranks && alike && bare && sizes.in > 0 && std::max(sizes.in, sizes.out) <= 1 << 27 &&
          HasSm90();
+}
+
+// Calls function(std::integral_constant<int, rank>()) for one of those ranks.
+template <class Function>
+cudaError_t DispatchRank(int64_t rank, const Function& function) {
+  switch (rank) {
+    case 8:
+      return function(std::integral_constant<int, 8>());
+    case 16:
+      return function(std::integral_constant<int, 16>());
+    case 32:
+      return function(std::integral_constant<int, 32>());
+    case 64:
+      return function(std::integral_constant<int, 64>());
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 // Launches a kernel for a pass, its columns cut into so many clusters' that each

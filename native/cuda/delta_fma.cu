@@ -225,29 +225,18 @@ __global__ void __launch_bounds__(kThreads)
 #endif
 }
 
-template <class E, bool kTransposed, int kRanks>
-cudaError_t LaunchRanks(cudaStream_t stream, const Pass& pass) {
-  const auto launch = [&](auto kernel, int64_t tile) {
-    return LaunchDelta(kernel, stream, pass, tile, kThreads * 4, kThreads, 0);
-  };
-  if constexpr (sizeof(E) == 4) {
-    if (pass.sizes.rows > 1) return launch(DeltaFmaKernel<E, kTransposed, kRanks, 4>, 4);
-  }
-  return launch(DeltaFmaKernel<E, kTransposed, kRanks, 1>, 1);
-}
-
 template <class E, bool kTransposed>
 cudaError_t LaunchPart(cudaStream_t stream, const Pass& pass) {
-  switch (pass.sizes.rank) {
-    case 8:
-      return LaunchRanks<E, kTransposed, 8>(stream, pass);
-    case 16:
-      return LaunchRanks<E, kTransposed, 16>(stream, pass);
-    case 32:
-      return LaunchRanks<E, kTransposed, 32>(stream, pass);
-    default:
-      return LaunchRanks<E, kTransposed, 64>(stream, pass);
-  }
+  return DispatchRank(pass.sizes.rank, [&](auto rank) {
+    constexpr int kRanks = decltype(rank)::value;
+    const auto launch = [&](auto kernel, int64_t tile) {
+      return LaunchDelta(kernel, stream, pass, tile, kThreads * 4, kThreads, 0);
+    };
+    if constexpr (sizeof(E) == 4) {
+      if (pass.sizes.rows > 1) return launch(DeltaFmaKernel<E, kTransposed, kRanks, 4>, 4);
+    }
+    return launch(DeltaFmaKernel<E, kTransposed, kRanks, 1>, 1);
+  });
 }
 
 }  // namespace

@@ -111,9 +111,8 @@ struct BlockOfB {
   }
 };
 
-// h of a row as the second product takes it: of each 4 ranks 4 hi and 4 lo. In float16 the row is
-// first brought to a largest element of 2^14 by a power of two, which is divided by again in the
-// scaling that is returned. kLanes neighbours of a warp have the row.
+// h of a row as the second product takes it: of each 4 ranks 4 hi and 4 lo. A row of float16 is
+// scaled first; the scaling that is returned undoes that. kLanes neighbours of a warp have the row.
 template <class E, int kLanes, int kCount>
 __device__ inline float StorePairs(float (&values)[kCount], uint4* row, int lane, float scaling) {
   if constexpr (std::is_same_v<E, __half>) {
@@ -126,11 +125,10 @@ __device__ inline float StorePairs(float (&values)[kCount], uint4* row, int lane
     for (int apart = 1; apart < kLanes; apart *= 2) {
       most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, apart));
     }
-    const int exponent = (__float_as_int(most) >> 23) - 127;  // most < 2^(exponent + 1)
-    const int up = most > 0.0f ? min(14 - exponent, 126) : 0;
+    const ScaleOfRow scale(most);
 #pragma unroll
-    for (float& value : values) value *= __int_as_float((127 + up) << 23);
-    scaling *= __int_as_float((127 - up) << 23);
+    for (float& value : values) value *= scale.up;
+    scaling *= scale.down;
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -289,24 +287,13 @@ __global__ void __launch_bounds__(kThreads)
 #endif
 }
 
-template <class E, bool kTransposed, int kRanks>
-cudaError_t LaunchRanks(cudaStream_t stream, const Pass& pass) {
-  return LaunchDelta(DeltaMmaKernel<E, kTransposed, kRanks>, stream, pass, kRows, kWarps * kColumns,
-                     kThreads, sizeof(Shared<kRanks>));
-}
-
 template <class E, bool kTransposed>
 cudaError_t LaunchPart(cudaStream_t stream, const Pass& pass) {
-  switch (pass.sizes.rank) {
-    case 8:
-      return LaunchRanks<E, kTransposed, 8>(stream, pass);
-    case 16:
-      return LaunchRanks<E, kTransposed, 16>(stream, pass);
-    case 32:
-      return LaunchRanks<E, kTransposed, 32>(stream, pass);
-    default:
-      return LaunchRanks<E, kTransposed, 64>(stream, pass);
-  }
+  return DispatchRank(pass.sizes.rank, [&](auto rank) {
+    constexpr int kRanks = decltype(rank)::value;
+    return LaunchDelta(DeltaMmaKernel<E, kTransposed, kRanks>, stream, pass, kRows,
+                       kWarps * kColumns, kThreads, sizeof(Shared<kRanks>));
+  });
 }
 
 }  // namespace

@@ -63,6 +63,19 @@ __device__ inline float4 SumShares(int count, const Address& address) {
   return sum;
 }
 
+// float16 is short of exponents, not of bits: the power of two that brings a row of h whose largest
+// finite element is `most` up to elements of 2^14, and its inverse.
+struct ScaleOfRow {
+  float up, down;
+
+  __device__ explicit ScaleOfRow(float most) {
+    const int exponent = (__float_as_int(most) >> 23) - 127;  // most < 2^(exponent + 1)
+    const int power = most > 0.0f ? min(14 - exponent, 126) : 0;
+    up = __int_as_float((127 + power) << 23);
+    down = __int_as_float((127 - power) << 23);
+  }
+};
+
 constexpr int kH16Block = static_cast<int>(GemmSm90Width(1));  // columns of h16, of 16 ranks
 static_assert(GemmSm90Width(17) == 2 * kH16Block);
 __device__ inline int H16Width(int rank) { return (rank + 15) / 16 * kH16Block; }

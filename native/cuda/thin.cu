@@ -420,15 +420,13 @@ __device__ inline void ScaleRows(float* h, int h_stride, int ranks, float expand
     for (int lanes = 1; lanes < row_lanes; lanes *= 2) {
       most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, lanes));
     }
-    const int exponent = (__float_as_int(most) >> 23) - 127;  // most < 2^(exponent + 1)
-    const int up = most > 0.0f ? min(14 - exponent, 126) : 0;
-    const float factor = __int_as_float((127 + up) << 23);
-    if (lane % row_lanes == 0) row_scaling[row] = expand_scaling * __int_as_float((127 - up) << 23);
+    const ScaleOfRow scale(most);
+    if (lane % row_lanes == 0) row_scaling[row] = expand_scaling * scale.down;
     for (int rank = 0; rank < ranks; rank += 128) {
       float quad[4];
       LoadQuad(own + rank, quad);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) quad[j] *= factor;
+      for (int j = 0; j < 4; ++j) quad[j] *= scale.up;
       StorePairs<__half>(quad, own + rank);
     }
   }
