@@ -55,8 +55,8 @@ cudaError_t DispatchRank(int64_t rank, const Function& function) {
   }
 }
 
-// Launches a kernel for a pass, its columns cut into so many clusters' that each
-// block's part is at most `columns`, if there is room for them.
+// Launches a kernel whose clusters have `tile` rows each. The columns of y are shared out to as
+// many clusters as give each block at most `columns`, if there is room for them.
 inline cudaError_t LaunchDelta(void (*kernel)(DeltaArguments), cudaStream_t stream,
                                const Pass& pass, int64_t tile, int64_t columns, int threads,
                                size_t shared) {
