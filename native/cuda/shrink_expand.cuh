@@ -1,4 +1,5 @@
-// What the two kernels of a shrink and expand share: thin.cu has the many rows, rows.cu the few.
+// What the kernels of a shrink and expand share: thin.cu has the many rows, rows.cu the few,
+// delta.cuh the usual ones of these.
 #ifndef JAX_FUSED_LORA_NATIVE_CUDA_SHRINK_EXPAND_CUH_
 #define JAX_FUSED_LORA_NATIVE_CUDA_SHRINK_EXPAND_CUH_
 

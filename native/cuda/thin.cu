@@ -1,5 +1,5 @@
 // h = s·x·A (also t = s·g·Bᵀ), alone or with y = addend + s·h·B behind it in the same kernel, for
-// many rows. (rows.cu has the few.)
+// many rows. (rows.cu has the few, delta.cuh the usual ones of these and of some more.)
 //
 // A block has 64 rows, or 32 where those would leave multiprocessors idle, and all ranks. Where
 // there are fewer such tiles than the GPU has room for blocks, a cluster of up to 8 blocks has the
