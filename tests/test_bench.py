@@ -136,6 +136,22 @@ def test_passes_follow_each_other(short_chain, direction):
         )
 
 
+def test_of_several_passes_one_is_checked(short_chain, monkeypatch):
+    monkeypatch.setattr(Case, "passes", 3)
+    checked = []
+    check = bench._check
+    monkeypatch.setattr(
+        bench, "_check", lambda case, sides: checked.append(sides) or check(case, sides)
+    )
+    case = Case("lora_forward", 3, 16, 24, 4)
+    row = bench.measure(case, seconds=0.0)
+    assert 0 <= row.error <= bench.TOLERANCES[case.dtype]
+    (sides,) = checked
+    once = bench.sides_of(case, passes=1)
+    for name, side in sides.items():
+        chex.assert_trees_all_equal(side(), once[name]())
+
+
 def test_short_chains_are_repeated_on_gpus(monkeypatch):
     short, long = (Case("lora_linear", 16, width, width, 16, "bfloat16") for width in (1024, 4096))
     assert short.passes == long.passes == 1

@@ -1,5 +1,6 @@
 """Values and every gradient of both ops, for each implementation, against float64."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -54,7 +55,9 @@ def test_ranks(implementation, rank, rows, kernel, dtype):
 
 # Rows, in, out, rank: powers of two, sizes that divide nothing, 0 and 1, both sides of every
 # limit where another kernel takes over (4 rows, 64 rows, depth 512, panels of 64), few rows that
-# two threads share. Products of more than one block are test_batch_axis's.
+# two threads share, and without W what CUDA has kernels for (ranks 8 to 64, multiples of 64 and of
+# 4, tiles of 4 and 16 rows that are not full). Products of more than one block are
+# test_batch_axis's.
 SHAPES = [
     (1, 1, 1, 1),
     (0, 5, 7, 3),
@@ -75,6 +78,11 @@ SHAPES = [
     (1, 2048, 2100, 8),
     (3, 600, 4200, 13),
     (700, 64, 48, 16),
+    (1, 320, 128, 32),
+    (9, 132, 260, 16),
+    (17, 64, 320, 8),
+    (40, 576, 128, 16),
+    (33, 128, 192, 64),
 ]
 
 
@@ -308,13 +316,13 @@ def test_integer_scaling_is_static(implementation):
 
 def test_special_values_spread_as_in_the_definition(native):
     """An infinity or NaN in one row of x reaches that row of y and no other."""
-    for dtype in oracle.DTYPES:
-        for rows in (3, 70):
-            operands = oracle.operands((rows,), 33, 47, 5, dtype, bias=False)
-            operands["x"] = operands["x"].at[1, 7].set(jnp.nan)
-            y = np.asarray(apply(operands, 1.0, native), np.float32)
-            assert np.isnan(y[1]).all()
-            assert np.isfinite(np.delete(y, 1, 0)).all()
+    shapes = itertools.product((3, 70), ((33, 47, 5), (64, 128, 8)), (True, False))
+    for dtype, (rows, sizes, kernel) in itertools.product(oracle.DTYPES, shapes):
+        operands = oracle.operands((rows,), *sizes, dtype, kernel=kernel, bias=False)
+        operands["x"] = operands["x"].at[1, 7].set(jnp.nan)
+        y = np.asarray(apply(operands, 1.0, native), np.float32)
+        assert np.isnan(y[1]).all()
+        assert np.isfinite(np.delete(y, 1, 0)).all()
 
 
 def test_float16_overflows_to_infinity_and_keeps_subnormals(native):
