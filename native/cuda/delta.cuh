@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "native/cuda/shrink_expand.cuh"
+#include "native/cuda/tma.cuh"
 
 namespace jax_fused_lora {
 
@@ -22,6 +23,19 @@ struct DeltaArguments {
   float* h;  // may be null
   void* y;
 };
+
+inline DeltaArguments ArgumentsOf(const Pass& pass) {
+  return {static_cast<int>(pass.sizes.rows),
+          static_cast<int>(pass.sizes.in),
+          static_cast<int>(pass.sizes.out),
+          pass.x,
+          pass.a.data,
+          pass.b.data,
+          pass.shrink_scaling,
+          pass.expand_scaling,
+          pass.h,
+          pass.y};
+}
 
 // Blocks that run at once: of an H200's 132 multiprocessors 120 take clusters of 8.
 constexpr int64_t kDeltaBlocks = 120;
@@ -64,19 +78,9 @@ inline cudaError_t LaunchDelta(void (*kernel)(DeltaArguments), cudaStream_t stre
   const int64_t tiles = CeilDiv(sizes.rows, tile);
   const int64_t room = std::max<int64_t>(1, kDeltaBlocks / (tiles * kMostParts));
   const int64_t splits = std::min(room, CeilDiv(sizes.out, columns * kMostParts));
-  const DeltaArguments arguments = {static_cast<int>(sizes.rows),
-                                    static_cast<int>(sizes.in),
-                                    static_cast<int>(sizes.out),
-                                    pass.x,
-                                    pass.a.data,
-                                    pass.b.data,
-                                    pass.shrink_scaling,
-                                    pass.expand_scaling,
-                                    pass.h,
-                                    pass.y};
   return Launch(kernel,
                 dim3(kMostParts, static_cast<unsigned>(splits), static_cast<unsigned>(tiles)),
-                threads, shared, stream, false, kMostParts, arguments);
+                threads, shared, stream, false, kMostParts, ArgumentsOf(pass));
 }
 
 #ifdef __CUDACC__
@@ -88,10 +92,9 @@ class Exchange {
   // `barrier` is in shared memory. All threads; bytes: of the sums of all blocks.
   __device__ Exchange(uint64_t* barrier, int bytes) : barrier_(SharedAddress(barrier)) {
     if (threadIdx.x == 0) {
-      asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier_) : "memory");
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-      asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier_), "r"(bytes)
-                   : "memory");
+      InitBarrier(barrier_, 1);
+      FenceBarriers();
+      ArriveExpecting(barrier_, bytes);
     }
     __syncwarp();
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -127,18 +130,7 @@ class Exchange {
   }
 
   // All threads.
-  __device__ void Wait() const {
-    uint32_t done = 0;
-    while (!done) {
-      asm volatile(
-          "{\n .reg .pred done;\n"
-          " mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], 0;\n"
-          " selp.u32 %0, 1, 0, done;\n}"
-          : "=r"(done)
-          : "r"(barrier_)
-          : "memory");
-    }
-  }
+  __device__ void Wait() const { WaitForPhase(barrier_, 0); }
 
  private:
   uint32_t barrier_;
@@ -165,6 +157,8 @@ bool DeltaFmaServes(const Pass& pass);
 cudaError_t LaunchDeltaFma(cudaStream_t stream, const Pass& pass);
 bool DeltaMmaServes(const Pass& pass);
 cudaError_t LaunchDeltaMma(cudaStream_t stream, const Pass& pass);
+bool DeltaTmaServes(const Pass& pass);
+cudaError_t LaunchDeltaTma(cudaStream_t stream, const Pass& pass);
 
 }  // namespace jax_fused_lora
 

@@ -9,6 +9,7 @@
 //
 // h is float32, and multiplies B as the sum of two 16-bit numbers, as in thin.cu.
 #include "native/cuda/delta.cuh"
+#include "native/cuda/delta_mma.cuh"
 
 namespace jax_fused_lora {
 namespace {
@@ -16,10 +17,6 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kRows = 16, kDepth = 32, kColumns = 64;
 constexpr int64_t kMostRows = 480;  // more do not run at once
-
-__device__ inline uint32_t Word(const uint4& vector, int i) {
-  return i == 0 ? vector.x : i == 1 ? vector.y : i == 2 ? vector.z : vector.w;
-}
 
 // A lane's part of 32 of the depth: 8 of rows g and g + 8 of x, and at each kBlocks ranks of A.
 template <class E, bool kTransposed, int kBlocks>
@@ -79,64 +76,16 @@ struct Group {
   }
 };
 
-// A lane's part of 16 ranks by 64 columns of B: of 4 ranks 8 columns, or transposed of 8 columns 4
-// ranks. Ranks that are not there are zeros.
-template <class E, bool kTransposed, int kRanks>
-struct BlockOfB {
-  uint4 loaded[4];
-
-  __device__ void Load(const E* data, int out, int rank, int column) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      loaded[i] = make_uint4(0, 0, 0, 0);
-      if (kRanks < 16 && rank >= kRanks) continue;
-      if constexpr (kTransposed) {
-        const auto ranks = [&](int j) {
-          return __ldg(reinterpret_cast<const uint2*>(
-              data + static_cast<int64_t>(column + j) * kRanks + rank));
-        };
-        const uint2 low = ranks(i * 2), high = ranks(i * 2 + 1);
-        loaded[i] = make_uint4(low.x, low.y, high.x, high.y);
-      } else {
-        loaded[i] = __ldg(
-            reinterpret_cast<const uint4*>(data + static_cast<int64_t>(rank + i) * out + column));
-      }
-    }
-  }
-
-  // Ranks 2·half and the next, of column j of the lane's.
-  __device__ uint32_t Ranks(int half, int j) const {
-    if constexpr (kTransposed) return Word(loaded[j / 2], j % 2 * 2 + half);
-    return Pair(loaded[half * 2], loaded[half * 2 + 1], j);
-  }
-};
-
-// h of a row as the second product takes it: of each 4 ranks 4 hi and 4 lo. A row of float16 is
-// scaled first; the scaling that is returned undoes that. kLanes neighbours of a warp have the row.
+// h of a row as the second product takes it: of each 4 ranks 4 hi and 4 lo. kLanes neighbours have
+// the row.
 template <class E, int kLanes, int kCount>
-__device__ inline float StorePairs(float (&values)[kCount], uint4* row, int lane, float scaling) {
-  if constexpr (std::is_same_v<E, __half>) {
-    float most = 0.0f;
-#pragma unroll
-    for (const float value : values) {
-      if (isfinite(value)) most = fmaxf(most, fabsf(value));
-    }
-#pragma unroll
-    for (int apart = 1; apart < kLanes; apart *= 2) {
-      most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, apart));
-    }
-    const ScaleOfRow scale(most);
-#pragma unroll
-    for (float& value : values) value *= scale.up;
-    scaling *= scale.down;
-  }
+__device__ inline void StorePairs(const float (&values)[kCount], uint4* row, int lane) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int rank = lane + i * kLanes;
     E* const to = reinterpret_cast<E*>(row + rank / 4) + rank % 4;
     Split(values[i], to, to + 4);
   }
-  return scaling;
 }
 
 template <int kRanks>
@@ -246,7 +195,8 @@ __global__ void __launch_bounds__(kThreads)
         p.h[first_row * static_cast<int64_t>(kRanks) + at] = values[i];
       }
     }
-    const float scaling = StorePairs<E, kLanes>(values, shared.pairs[row], own, p.expand_scaling);
+    const float scaling = ScaleRow<E, kLanes>(values, p.expand_scaling);
+    StorePairs<E, kLanes>(values, shared.pairs[row], own);
     if (own == 0) shared.row_scaling[row] = scaling;
     if (kRanks < 16 && own < 2) shared.pairs[row][2 + own] = make_uint4(0, 0, 0, 0);
   }

@@ -783,6 +783,7 @@ cudaError_t LaunchPass(cudaStream_t stream, Pass pass) {
   if (sizes.rows == 0 || (sizes.rank == 0 && pass.y == nullptr)) return cudaSuccess;
   if (DeltaFmaServes(pass)) return LaunchDeltaFma(stream, pass);
   if (DeltaMmaServes(pass)) return LaunchDeltaMma(stream, pass);
+  if (DeltaTmaServes(pass)) return LaunchDeltaTma(stream, pass);
   // From 5 rows on a cluster with tensor cores is the faster one: 4096→4096, rank 16, takes 6.9 µs
   // for 16 rows here and 9.1 for one row there.
   const bool tensor = pass.element != Element::kFloat32 && pass.a.element != Element::kFloat32;
