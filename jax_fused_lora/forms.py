@@ -196,11 +196,21 @@ _CUDA_ALONE_FEW_ROWS = {"float32": 64, "bfloat16": 480, "float16": 480}
 # and 13.7; forward and backward, 512 rows (forward XLA's) 48.8 and 31.9, of 1024→1024 26.7 and
 # 21.0, 4096 rows 177 and 85, 2048 rows of 2048→2048, rank 256, 336 and 178.
 _CUDA_ALONE_FORWARD, _CUDA_ALONE_BACKWARD = 1 << 27, 1 << 24
-# In bfloat16 the definition is as fast or faster (2048 rows of 4096→4096 14.1 and 15.0, of rank 64
-# 20 and 34, 512 rows 8.4 and 9.3), but for narrow layers with the backward pass. 1024→1024, rank
-# 16, the definition and ours, forward, and forward and backward: 2048 rows 6.8 and 7.1, 27.5 and
-# 24.7 (with XLA's forward 30.8), 4096 rows 9.4 and 9.9, 36.8 and 31.7 (34.1), 8192 rows 15.3 and
-# 13.4; of 2048→2048 8192 rows 22.1 and 22.7, 79.5 and 81.0.
+# More rows than few, in 16 bits, of the ranks for which the kernel for these is the faster one;
+# multiples of 128 in and out. An H200, bfloat16, rank 16 unless said, microseconds of the
+# definition (in brackets of the plain formula) and ours, forward, and forward and backward:
+# 4096→4096, 512 rows 7.5 (6.2) and 6.8, 30.9 (22.3) and 25.2, 1024 rows 10.2 (8.7) and 9.6, 35.3
+# (28.3) and 31.1, 2048 rows 14.5 (11.8) and 12.2, 50.2 (41.6) and 45.6, 4096 rows 22.2 (18.9) and
+# 17.9, 77.0 (61.8) and 75.3, 8192 rows 45.6 (39.5) and 35.4, 139.6 (119.4) and 121.0; 2048 rows of
+# 4096→11008 24.9 (21.1) and 20.0, 82.8 (68.0) and 75.5; of 2048→2048 9.3 (7.7) and 8.1, 34.8 (28.3)
+# and 29.0; 512 rows of 512→512 4.2 (3.2) and 4.0, 18.6 (13.4) and 13.3, of 256→256, rank 8, 4.2
+# (2.7) and 3.7, 14.0 (9.6) and 12.4. Rank 32, 4096→4096: 1024 rows 11.2 and 13.6, 41.6 and 46.2,
+# 8192 rows 49.2 and 42.1, 152 and 152; rank 64, 8192 rows 55.8 and 63.4.
+_CUDA_ALONE_MANY_RANKS = (8, 16)
+# In bfloat16, ranks and sizes that it does not take are ours with the older kernel in narrow layers.
+# 1024→1024, rank 16, the definition and that one, forward, and forward and backward: 2048 rows 6.8
+# and 7.1, 27.5 and 24.7 (with XLA's forward 30.8), 4096 rows 9.4 and 9.9, 36.8 and 31.7 (34.1), 8192
+# rows 15.3 and 13.4; of 2048→2048 8192 rows 22.1 and 22.7, 79.5 and 81.0.
 _CUDA_ALONE_ROWS, _CUDA_ALONE_WIDTH, _CUDA_ALONE_RANK = 2048, 1024, 16
 
 
@@ -306,13 +316,27 @@ def _few_alone(problem: Problem) -> bool:
 
 
 def _alone(problem: Problem, work: int) -> bool:
-    """Whether a pass without W is faster, in float16 from so many multiplications on."""
+    """Whether a pass without W, of any rows, is faster: see _CUDA_ALONE_FORWARD and behind it.
+
+    Args:
+        problem: a call without W.
+        work: multiplications from which it is in float16.
+    """
     if not _tma_takes(problem):
         return False
-    if problem.dtype == "float16":
-        return _low_rank_work(problem) >= work
     narrow = max(problem.k, problem.n) <= _CUDA_ALONE_WIDTH and problem.rank <= _CUDA_ALONE_RANK
-    return problem.dtype == "bfloat16" and narrow and problem.rows >= _CUDA_ALONE_ROWS
+    if problem.dtype == "float16":
+        wins = _low_rank_work(problem) >= work
+    else:
+        wins = narrow and problem.rows >= _CUDA_ALONE_ROWS
+    return wins or _many_alone(problem)
+
+
+def _many_alone(problem: Problem) -> bool:
+    """Whether the copy engine's kernel for many rows without W takes a pass and is faster."""
+    whole = problem.k % 128 == 0 and problem.n % 128 == 0
+    many = problem.rows > _CUDA_ALONE_FEW_ROWS[problem.dtype]
+    return many and whole and problem.rank in _CUDA_ALONE_MANY_RANKS
 
 
 def _many_rows(problem: Problem, columns: int) -> bool:

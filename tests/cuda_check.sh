@@ -14,7 +14,7 @@ flags=(-std=c++17 -O3 -lineinfo -Xcompiler -Wall -I .)
 echo '== Building'
 seconds=$SECONDS
 jobs=()
-names=(delta_fma delta_mma delta_tma thin rows decode grad kernels_test)
+names=(delta_fma delta_mma delta_tma thin rows decode grad grad_tma tma kernels_test)
 for name in "${names[@]}"; do
   while (($(jobs -rp | wc -l) >= ${JOBS:-$(nproc)})); do wait -n; done
   "$nvcc" "${flags[@]}" "${target[@]}" --resource-usage -c "native/cuda/$name.cu" \

@@ -83,6 +83,9 @@ SHAPES = [
     (17, 64, 320, 8),
     (40, 576, 128, 16),
     (33, 128, 192, 64),
+    (500, 384, 128, 16),
+    (1100, 128, 256, 8),
+    (4300, 128, 128, 8),
 ]
 
 
@@ -316,7 +319,7 @@ def test_integer_scaling_is_static(implementation):
 
 def test_special_values_spread_as_in_the_definition(native):
     """An infinity or NaN in one row of x reaches that row of y and no other."""
-    shapes = itertools.product((3, 70), ((33, 47, 5), (64, 128, 8)), (True, False))
+    shapes = itertools.product((3, 70, 500), ((33, 47, 5), (128, 128, 8)), (True, False))
     for dtype, (rows, sizes, kernel) in itertools.product(oracle.DTYPES, shapes):
         operands = oracle.operands((rows,), *sizes, dtype, kernel=kernel, bias=False)
         operands["x"] = operands["x"].at[1, 7].set(jnp.nan)

@@ -1,11 +1,11 @@
 // y = s·(x·A)·B alone for more rows of 16-bit types, from Hopper on: see delta.cuh.
 //
-// What takes time is to read x and to write y. A block has 32 or 64 rows. The copy engine brings x
-// and A, through a ring of stages; the warps share a stage's rows and depth, and add their sums up
-// at the end. Where the tiles are few two or four blocks, a cluster, have one: each sums its part
-// of the depth, sends the sums to all, and writes its part of y. h lies in shared memory as pairs
-// (see delta_mma.cuh), and each warp writes y of 64 columns at a time, for which it holds B in
-// registers.
+// What takes time is to read x and to write y. A block has up to 32 or 64 rows. The copy engine
+// brings x and A, through a ring of stages; the warps share a stage's rows and depth, and add their
+// sums up at the end. Where the tiles are few two or four blocks, a cluster, have one: each sums
+// its part of the depth, sends the sums to all, and writes its part of y. h lies in shared memory
+// as pairs (see delta_mma.cuh), and each warp writes y of 64 columns at a time, for which it holds
+// B in registers.
 //
 // x is read from its end to its beginning: if it is what a kernel like this has just written, its
 // last columns are still in the L2 cache (an H200, 8192 rows of 4096→4096, chained: 35.6 µs, from
@@ -20,14 +20,11 @@ namespace jax_fused_lora {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kColumns = 64;              // of y, a warp at a time
-constexpr int kSwizzled = 64;             // of the depth, 128 bytes, that the copy engine swizzles
-constexpr int kDepths = 128;              // the depth is a multiple of
-constexpr int kMostStages = 8;            // of the ring
-constexpr int kBlockShared = 110 * 1024;  // bytes of a block: a multiprocessor has two
-// How many stages behind the one that is multiplied is the one that is filled again: its readers
-// are not waited for. With 1 in place of 2 phases of several µs took up to 1.2 times as long.
-constexpr int kBehind = 2;
+constexpr int kColumns = 64;    // of y, a warp at a time
+constexpr int kSwizzled = 64;   // of the depth, 128 bytes, that the copy engine swizzles
+constexpr int kDepths = 128;    // the depth is a multiple of
+constexpr int kMostStages = 8;  // of the ring
+using Tiles = Ring<kWarps>;
 
 template <class Element, bool transposed, int ranks, int rows>
 struct Tile {
@@ -52,10 +49,10 @@ struct Tile {
   // Bytes for what the blocks of a cluster send, and how many stages have room beside that.
   static constexpr int ArrivedBytes(int parts) { return parts > 1 ? parts * kSums * 4 : 0; }
   static constexpr int Stages(int parts) {
-    return std::min(kMostStages, (kBlockShared - ArrivedBytes(parts)) / kStageBytes);
+    return std::min(kMostStages, (kTmaShared - ArrivedBytes(parts)) / kStageBytes);
   }
-  static_assert(Stages(1) > kBehind);
-  static_assert(kSharesBytes + kPairsBytes <= kBehind * kStageBytes);
+  static_assert(Stages(1) > Tiles::kBehind);
+  static_assert(kSharesBytes + kPairsBytes <= Tiles::kBehind * kStageBytes);
 };
 
 struct TileArguments {
@@ -131,21 +128,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   using E = typename T::E;
   constexpr int kRanks = T::kRanks, kRows = T::kRows;
   extern __shared__ __align__(1024) char memory[];
-  __shared__ uint64_t barriers[kMostStages][2], exchange_barrier;
+  __shared__ Tiles::Barriers barriers[kMostStages];
+  __shared__ uint64_t exchange_barrier;
   __shared__ float row_scaling[kRows];
   const DeltaArguments& p = arguments.delta;
   const int parts = arguments.parts, stages = arguments.stages;
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
   const int part = blockIdx.x % parts, tile = blockIdx.x / parts;
   const int first_row = tile * arguments.rows, rows = min(p.rows - first_row, arguments.rows);
-  const auto filled = [&](int stage) { return SharedAddress(&barriers[stage][0]); };
-  const auto read = [&](int stage) { return SharedAddress(&barriers[stage][1]); };
-  if (tid == 0) {
-    for (int i = 0; i < stages; ++i) {
-      InitBarrier(filled(i), 1);
-      InitBarrier(read(i), kWarps);
-    }
-  }
+  if (tid == 0) Tiles::Init(barriers, stages);
   if (tid == 32) {
     PrefetchMap(x);
     if (!T::kRun) PrefetchMap(a);
@@ -158,11 +149,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int first_step = all_steps * part / parts;
   const int steps = all_steps * (part + 1) / parts - first_step;
   const auto depth_of = [&](int i) { return (first_step + steps - 1 - i) * T::kDepth; };
-  const auto copy = [&](int i, int stage) {
+  const auto copy = [&](int i, int stage, uint32_t barrier) {
     const int depth = depth_of(i), depths = min(T::kDepth, p.in - depth);
     char* const to = memory + stage * T::kStageBytes;
     char* const to_a = to + T::kXBytes;
-    const uint32_t barrier = filled(stage);
     ArriveExpecting(barrier, depths * (arguments.rows + kRanks) * 2);
 #pragma unroll
     for (int k = 0; k < T::kDepth; k += kSwizzled) {
@@ -178,10 +168,7 @@ __global__ void __launch_bounds__(kThreads, 2)
               depths * kRanks * 2, barrier);
     }
   };
-  if (tid == 0) {
-    for (int i = 0; i < min(stages, steps); ++i) copy(i, i);
-  }
-  __syncwarp();
+  Tiles tiles(barriers, stages, steps, copy);
 
   // Its strips of y, its warps in turns; of the first B at once, if there is room for it.
   constexpr bool kAhead = kRanks <= 32;
@@ -199,25 +186,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   if constexpr (kAhead) load_b();
 
   float sums[kRanks / 8][4] = {};
-  int stage = 0, phase = 0;     // that is multiplied
-  int filling = 0, before = 0;  // that is filled again, and its phase
 #pragma unroll 1
   for (int i = 0; i < steps; ++i) {
-    if (i >= kBehind) {
-      // It keeps a warp a while, so they take turns.
-      const int next = i - kBehind + stages;
-      if (next < steps && tid == i % kWarps * 32) {
-        WaitForPhase(read(filling), before);
-        copy(next, filling);
-      }
-      __syncwarp();
-      if (++filling == stages) filling = 0, ++before;
-    }
-    WaitForPhase(filled(stage), phase);
+    const int stage = tiles.Wait(i, copy);
     MultiplyStage<T>(sums, memory + stage * T::kStageBytes, p.in - depth_of(i), warp, lane);
-    __syncwarp();
-    if (lane == 0) Arrive(read(stage));
-    if (++stage == stages) stage = 0, ++phase;
+    tiles.Release();
   }
   __syncthreads();  // all stages are read
 
@@ -332,38 +305,6 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-// The driver's function, or null: the library is not linked to the driver.
-EncodeTiled FindEncodeTiled() {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result;
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
-                                                             12000, cudaEnableDefault, &result);
-  return error == cudaSuccess ? reinterpret_cast<EncodeTiled>(found) : nullptr;
-}
-
-EncodeTiled Encode() {
-  static const EncodeTiled encode = FindEncodeTiled();
-  return encode;
-}
-
-// A matrix in boxes, whose rows of 64 or 128 bytes are swizzled.
-bool MapBoxes(Element element, const void* data, int64_t rows, int64_t columns, int box_rows,
-              int box_columns, CUtensorMap* map) {
-  const auto type = element == Element::kBfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                  : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const auto swizzle = box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(columns) * 2};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns),
-                            static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[] = {1, 1};
-  return Encode()(map, type, 2, const_cast<void*>(data), sizes, strides, box, steps,
-                  CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 struct Plan {
   int64_t rows;  // of a tile
   int parts;
@@ -394,7 +335,7 @@ template <class T>
 cudaError_t LaunchTile(cudaStream_t stream, const Pass& pass, const Plan& plan) {
   const Sizes& sizes = pass.sizes;
   int parts = plan.parts;
-  while (T::Stages(parts) <= kBehind) parts /= 2;
+  while (T::Stages(parts) <= Tiles::kBehind) parts /= 2;
   const int rows = static_cast<int>(plan.rows), stages = T::Stages(parts);
   CUtensorMap x, a = {};
   bool mapped = MapBoxes(pass.element, pass.x, sizes.rows, sizes.in, rows, kSwizzled, &x);
@@ -434,17 +375,10 @@ bool DeltaTmaServes(const Pass& pass) {
   const Sizes& sizes = pass.sizes;
   const int64_t width = Width(pass.element);
   const FactorView a = View(pass.a, sizes.in, sizes.rank), b = View(pass.b, sizes.rank, sizes.out);
-  if (!DeltaTakes(pass) || pass.element == Element::kFloat32 || sizes.rows > INT_MAX / 64 ||
-      sizes.in % kDepths != 0 || sizes.out % kColumns != 0 || !a.vectors ||
-      !(b.transposed ? b.quads : b.vectors) || !Vectors(pass.x, sizes.in, width) ||
-      !Vectors(pass.y, sizes.out, width) || Encode() == nullptr) {
-    return false;
-  }
-  int device = 0, shared = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) ==
-             cudaSuccess &&
-         shared >= 2 * kBlockShared;
+  return DeltaTakes(pass) && pass.element != Element::kFloat32 && sizes.rows <= INT_MAX / 64 &&
+         sizes.in % kDepths == 0 && sizes.out % kColumns == 0 && a.vectors &&
+         (b.transposed ? b.quads : b.vectors) && Vectors(pass.x, sizes.in, width) &&
+         Vectors(pass.y, sizes.out, width) && HasTma();
 }
 
 cudaError_t LaunchDeltaTma(cudaStream_t stream, const Pass& pass) {

@@ -24,17 +24,14 @@
 // the one that computes t, inside JAX (512 rows and fewer no difference, 8192 rows 2 % slower).
 #include <algorithm>
 
-#include "native/cuda/device.cuh"
-#include "native/cuda/kernels.h"
+#include "native/cuda/grad.cuh"
 
 namespace jax_fused_lora {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-constexpr int64_t kLeastRows = 128;    // of a slice
-constexpr int64_t kRowsTogether = 64;  // a slice has whole tiles
-constexpr int kMemory = 99 * 1024;     // of a block, on every GPU
+constexpr int kThreads = kGradThreads;
+constexpr int64_t kLeastRows = 128;  // of a slice
+constexpr int kMemory = 99 * 1024;   // of a block, on every GPU
 constexpr int kMostStages = 4;
 
 // Rows of a tile that are copied, and zeros behind the last: as many as a step multiplies.
@@ -88,66 +85,18 @@ struct Tiles {
   }
 };
 
-constexpr int ColumnsOf(int64_t rank) { return rank > 128 ? 64 : 128; }  // of a block
-constexpr int RoomForRanks(int64_t rank) {
-  return rank <= 16 ? 16 : rank <= 32 ? 32 : rank <= 64 ? 64 : rank <= 128 ? 128 : 256;
-}
-
-// How a block's warps lie over its columns and ranks, and what its memory is for.
+// What a block's memory is for.
 template <class E, int kRanks>
-struct Layout {
-  static constexpr bool kBfloat16 = std::is_same_v<E, __nv_bfloat16>;
-  static constexpr int kColumns = ColumnsOf(kRanks);
-  static constexpr int kM = 4, kJ = kRanks > 16 ? 4 : 2;  // of a warp, in 16 columns and 8 ranks
-  static constexpr int kWarpsRanks = kRanks / (kJ * 8), kWarpsColumns = kColumns / (kM * 16);
-  static constexpr int kPlaces = kWarpsRanks * kWarpsColumns, kShares = kWarps / kPlaces;
-  static constexpr int kQuads = kM * kJ, kBlockQuads = kPlaces * kQuads * 32;  // of sums
-  static constexpr int kStep = kBfloat16 ? 16 : 8;  // rows that are multiplied at once
-  static constexpr int kRows = sizeof(E) == 2 && kShares == 4 ? 64 : 32;
-  using X = Tiles<E, kRows, kColumns* static_cast<int>(sizeof(E)) / 16>;
+struct Layout : GradLayout<E, kRanks> {
+  using Places = GradLayout<E, kRanks>;
+  static constexpr int kRows = sizeof(E) == 2 && Places::kShares == 4 ? 64 : 32;
+  using X = Tiles<E, kRows, Places::kColumns* static_cast<int>(sizeof(E)) / 16>;
   using T = Tiles<float, kRows, kRanks / 4>;
   static constexpr int kStage = X::kSize + T::kSize;
   static constexpr int kStages = kMemory / kStage < kMostStages ? kMemory / kStage : kMostStages;
-  static constexpr int kSums = kShares > 1 ? kShares * kBlockQuads * 16 : 0;
-  static constexpr int kShared = kStages * kStage > kSums ? kStages * kStage : kSums;
+  static constexpr int kShared =
+      kStages * kStage > Places::kSums ? kStages * kStage : Places::kSums;
   static_assert(kStages >= 2 && kShared <= kMemory);
-
-  // What a lane reads of x at once, where it is not ldmatrix that reads.
-  static constexpr int kReadElements = 16 / sizeof(E);
-
-  __device__ static int Column(int place) { return place / kWarpsRanks * kM * 16; }
-  __device__ static int Rank(int place) { return place % kWarpsRanks * kJ * 8; }
-  // Which of a warp's columns is row g, or where `upper` row g + 8, of block m of xᵀ.
-  __device__ static int ColumnOf(int m, int upper, int g) {
-    if constexpr (kBfloat16) return m * 16 + upper * 8 + g;
-    const int i = m * 2 + upper;
-    return (i / kReadElements * 8 + g) * kReadElements + i % kReadElements;
-  }
-};
-
-constexpr int kMostGrads = 2;
-
-// One gradient's part of a launch.
-struct GradPart {
-  int64_t in;
-  const void* x;
-  bool x_vectors;
-  const float* t;
-  bool t_vectors;
-  float scaling;
-  float4* sums;  // (slices, blocks, quads of a block), or null where there is one slice: then to
-  void* gradient;
-  bool wide;  // the gradient, float32
-  bool transposed;
-  unsigned blocks;
-};
-
-struct GradArguments {
-  int64_t rows;
-  int rank;
-  int64_t slice_rows;
-  unsigned slices;
-  GradPart parts[kMostGrads];
 };
 
 // Of the rows. One block on each of an H100's multiprocessors has fewer sums to add, two have more
@@ -159,49 +108,15 @@ int64_t Slices(int64_t rows, int64_t rank, int64_t column_blocks) {
       1, std::min(wanted / std::max<int64_t>(column_blocks, 1), rows / kLeastRows));
 }
 
-using Quads = float[4];
-__device__ inline float4 Quad(const Quads& sums) {
-  return make_float4(sums[0], sums[1], sums[2], sums[3]);
-}
-__device__ inline void Add(const float4& more, float4* sum) {
-  sum->x += more.x, sum->y += more.y, sum->z += more.z, sum->w += more.w;
-}
-
 // sums += xᵀ·t of 16 rows of a tile.
 template <class L>
 __device__ inline void MultiplyRows(Quads (&sums)[L::kM][L::kJ], const __nv_bfloat16*,
                                     const char* x_tile, const char* t_tile, int lane) {
-  const int g = lane / 4, t = lane % 4;
-  uint32_t hi[L::kJ][2], lo[L::kJ][2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float* const upper =
-        reinterpret_cast<const float*>(t_tile + (half * 8 + t * 2) * L::T::kStride) + g;
-    const float* const lower = upper + L::T::kStride / 4;
-#pragma unroll
-    for (int j = 0; j < L::kJ; ++j) {
-      const float2 values = make_float2(upper[j * 8], lower[j * 8]);
-      const __nv_bfloat162 top = __float22bfloat162_rn(values);
-      const float2 back = __bfloat1622float2(top);
-      const float2 rest = make_float2(values.x - back.x, values.y - back.y);
-      // An infinite or missing value stays what it is.
-      const __nv_bfloat162 low = __float22bfloat162_rn(
-          make_float2(isfinite(rest.x) ? rest.x : 0.0f, isfinite(rest.y) ? rest.y : 0.0f));
-      memcpy(&hi[j][half], &top, 4);
-      memcpy(&lo[j][half], &low, 4);
-    }
-  }
-#pragma unroll
-  for (int m = 0; m < L::kM; ++m) {
-    uint32_t x[4];
-    LoadBlocksTransposed(
-        x, x_tile + (lane / 16 * 8 + lane % 8) * L::X::kStride + (m * 2 + lane / 8 % 2) * 16);
-#pragma unroll
-    for (int j = 0; j < L::kJ; ++j) {
-      Multiply<__nv_bfloat16>(sums[m][j], x[0], x[1], x[2], x[3], lo[j][0], lo[j][1]);
-      Multiply<__nv_bfloat16>(sums[m][j], x[0], x[1], x[2], x[3], hi[j][0], hi[j][1]);
-    }
-  }
+  const float* const own_t = reinterpret_cast<const float*>(t_tile) + lane / 4;
+  const char* const own_x = x_tile + (lane / 16 * 8 + lane % 8) * L::X::kStride + lane / 8 % 2 * 16;
+  MultiplyHalves<L>(
+      sums, [&](int row, int j) { return own_t[row * (L::T::kStride / 4) + j * 8]; },
+      [&](int m) { return own_x + m * 32; }, lane);
 }
 
 // The same of 8 rows, of which 2t plays t and 2t + 1 plays t + 4.
@@ -244,54 +159,6 @@ __device__ inline void MultiplyRows(Quads (&sums)[L::kM][L::kJ], const E*, const
       MultiplyTf32(sums[m][j], x_hi, lo[j][0], lo[j][1]);
       MultiplyTf32(sums[m][j], x_hi, hi[j][0], hi[j][1]);
     }
-  }
-}
-
-// Two neighbours of a row of a gradient, the second if it is there.
-template <class T>
-__device__ inline void WritePair(T* to, float first, float second, bool both, bool aligned) {
-  alignas(8) const T pair[2] = {Rounded<T>(first), Rounded<T>(second)};
-  if (both && aligned) {
-    using Both = std::conditional_t<sizeof(T) == 4, uint2, uint32_t>;
-    *reinterpret_cast<Both*>(to) = *reinterpret_cast<const Both*>(pair);
-  } else {
-    to[0] = pair[0];
-    if (both) to[1] = pair[1];
-  }
-}
-
-// Quad i of a block's sums, which are of two columns and two ranks.
-template <class L, class T>
-__device__ inline void WriteQuad(const GradPart& p, T* gradient, int ranks, unsigned block, int i,
-                                 const float4& sums) {
-  const int lane = i % 32, quad = i / 32 % L::kQuads, place = i / 32 / L::kQuads;
-  const int m = quad / L::kJ, j = quad % L::kJ;
-  const int rank = L::Rank(place) + j * 8 + lane % 4 * 2;
-  if (rank >= ranks) return;
-  const bool both = rank + 1 < ranks;
-#pragma unroll
-  for (int upper = 0; upper < 2; ++upper) {
-    const int64_t column = static_cast<int64_t>(block) * L::kColumns + L::Column(place) +
-                           L::ColumnOf(m, upper, lane / 4);
-    if (column >= p.in) continue;
-    const float first = p.scaling * (upper ? sums.z : sums.x);
-    const float second = p.scaling * (upper ? sums.w : sums.y);
-    if (p.transposed) {
-      gradient[rank * p.in + column] = Rounded<T>(first);
-      if (both) gradient[(rank + 1) * p.in + column] = Rounded<T>(second);
-    } else {
-      WritePair(gradient + column * ranks + rank, first, second, both, ranks % 2 == 0);
-    }
-  }
-}
-
-template <class L, class E>
-__device__ inline void WriteQuad(const GradPart& p, int ranks, unsigned block, int i,
-                                 const float4& sums) {
-  if (p.wide) {
-    WriteQuad<L>(p, static_cast<float*>(p.gradient), ranks, block, i, sums);
-  } else {
-    WriteQuad<L>(p, static_cast<E*>(p.gradient), ranks, block, i, sums);
   }
 }
 
@@ -352,43 +219,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(E) == 4 && kRanks > 16 ? 1 : 
     if (++stage == L::kStages) stage = 0;
   }
 
-  const auto write = [&](int i, const float4& sum) {  // quad i of the block
-    if (p.sums == nullptr) {
-      WriteQuad<L, E>(p, all.rank, block, i, sum);
-    } else {
-      p.sums[(static_cast<int64_t>(slice) * p.blocks + block) * L::kBlockQuads + i] = sum;
-    }
-  };
-  const int own = place * L::kQuads * 32 + lane;
-  float4* const shared = reinterpret_cast<float4*>(memory);  // (shares, quads of the block)
   if constexpr (L::kShares > 1) {
     WaitForCopies<0>();
     __syncthreads();  // the tiles are read
   }
-#pragma unroll
-  for (int m = 0; m < L::kM; ++m) {
-#pragma unroll
-    for (int j = 0; j < L::kJ; ++j) {
-      const int i = own + (m * L::kJ + j) * 32;
-      if constexpr (L::kShares > 1) {
-        shared[share * L::kBlockQuads + i] = Quad(sums[m][j]);
-      } else {
-        write(i, Quad(sums[m][j]));
-      }
-    }
-  }
-  if constexpr (L::kShares > 1) {
-    __syncthreads();  // all sums are there
-#pragma unroll 1
-    for (int i = threadIdx.x; i < L::kBlockQuads; i += kThreads) {
-      float4 sum = shared[i];
-#pragma unroll
-      for (int other = 1; other < L::kShares; ++other) {
-        Add(shared[other * L::kBlockQuads + i], &sum);
-      }
-      write(i, sum);
-    }
-  }
+  FinishBlock<L, E>(p, all.rank, slice, block, sums, place, share, lane, memory);
 }
 
 // The sums over slices. Launched as a programmatic dependent of the kernel above.
@@ -462,9 +297,11 @@ cudaError_t LaunchGrads(cudaStream_t stream, Element element, int64_t rows, int6
     using E = typename decltype(tag)::type;
     const auto launch = [&](auto ranks) {
       using L = Layout<E, decltype(ranks)::value>;
-      const cudaError_t error = Launch(GradKernel<E, decltype(ranks)::value>,
-                                       dim3(static_cast<unsigned>(blocks), all.slices), kThreads,
-                                       L::kShared, stream, false, 1, all);
+      const bool tma = std::is_same_v<E, __nv_bfloat16> && GradTmaServes(all);
+      const cudaError_t error = tma ? LaunchGradTma(stream, all, blocks)
+                                    : Launch(GradKernel<E, decltype(ranks)::value>,
+                                             dim3(static_cast<unsigned>(blocks), all.slices),
+                                             kThreads, L::kShared, stream, false, 1, all);
       if (error != cudaSuccess || all.slices == 1) return error;
       return Launch(FinishKernel<E, decltype(ranks)::value>,
                     dim3(static_cast<unsigned>(blocks * (L::kBlockQuads / kThreads))), kThreads, 0,

@@ -678,6 +678,8 @@ void Times() {
   TimeWork("grad 8192, 4096, rank 16, bf16", Work::kGrad, bf16, {8192, 4096, 0, 16});
   TimeWork("grad 2048, 4096, rank 16, bf16", Work::kGrad, bf16, {2048, 4096, 0, 16});
   TimeWork("grad 8192, 4096, rank 64, bf16", Work::kGrad, bf16, {8192, 4096, 0, 64});
+  TimeWork("grad 8192, 4096, rank 32, bf16", Work::kGrad, bf16, {8192, 4096, 0, 32});
+  TimeWork("grad 1024, 4096, rank 32, bf16", Work::kGrad, bf16, {1024, 4096, 0, 32});
   TimeWork("grad 8192, 1024, rank 16, bf16", Work::kGrad, bf16, {8192, 1024, 0, 16});
   TimeWork("grad 2048, 4096, rank 16, f32", Work::kGrad, kFloat32, {2048, 4096, 0, 16});
   TimeWork("both grads 16, 4096, rank 16, bf16", Work::kGrads, bf16, {16, 4096, 0, 16});

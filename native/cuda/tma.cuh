@@ -1,5 +1,5 @@
-// Barriers in shared memory that count bytes, and the copies and stores that tell them of theirs,
-// from sm_90 on.
+// The copy engine of sm_90 and newer, and the barriers in shared memory that count what it has
+// brought.
 #ifndef JAX_FUSED_LORA_NATIVE_CUDA_TMA_CUH_
 #define JAX_FUSED_LORA_NATIVE_CUDA_TMA_CUH_
 
@@ -8,6 +8,19 @@
 #include "native/cuda/device.cuh"
 
 namespace jax_fused_lora {
+
+// Bytes of shared memory that two blocks of a multiprocessor have each, of Hopper's and of some
+// newer ones.
+constexpr int kTmaShared = 110 * 1024;
+
+// Whether the current device has that, and the driver makes maps.
+bool HasTma();
+
+// The map of a matrix in boxes, whose rows of 64 or 128 bytes are swizzled: sixteen bytes lie where
+// their place in the row, xor the row (of 64 bytes: half the row), says. `columns` are whole 16
+// bytes, and so is where they begin.
+bool MapBoxes(Element element, const void* data, int64_t rows, int64_t columns, int box_rows,
+              int box_columns, CUtensorMap* map);
 
 #ifdef __CUDACC__
 
@@ -62,6 +75,67 @@ __device__ inline void CopyRun(void* to, const void* from, int bytes, uint32_t b
 __device__ inline void PrefetchMap(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
+
+// The tiles of a loop's steps, in stages of shared memory that go round. A stage is filled again
+// two steps after it was multiplied, when nobody has to be waited for any more (one step: phases of
+// several µs took up to 1.2 times as long), by the warps in turns, whom that keeps a while (by one
+// of them all the time: 700 cycles a step, and 500).
+template <int kWarps>
+class Ring {
+ public:
+  static constexpr int kBehind = 2;
+  using Barriers = uint64_t[2];  // of a stage: that it is filled, that it is read
+
+  // One thread, before all others have the ring.
+  static __device__ void Init(Barriers* barriers, int stages) {
+    for (int i = 0; i < stages; ++i) {
+      InitBarrier(SharedAddress(&barriers[i][0]), 1);
+      InitBarrier(SharedAddress(&barriers[i][1]), kWarps);
+    }
+  }
+
+  // All threads. copy(step, stage, barrier), of one thread, has the barrier expect the bytes of a
+  // step and starts the copies.
+  template <class Copy>
+  __device__ Ring(Barriers* barriers, int stages, int steps, const Copy& copy)
+      : barriers_(barriers), stages_(stages), steps_(steps) {
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < min(stages, steps); ++i) copy(i, i, Filled(i));
+    }
+    __syncwarp();
+  }
+
+  // The stage of a step, when it is filled; each warp asks for one step after the other.
+  template <class Copy>
+  __device__ int Wait(int step, const Copy& copy) {
+    if (step >= kBehind) {
+      const int next = step - kBehind + stages_;
+      if (next < steps_ && threadIdx.x == step % kWarps * 32) {
+        WaitForPhase(SharedAddress(&barriers_[filling_][1]), filling_phase_);
+        copy(next, filling_, Filled(filling_));
+      }
+      __syncwarp();
+      if (++filling_ == stages_) filling_ = 0, ++filling_phase_;
+    }
+    WaitForPhase(Filled(stage_), phase_);
+    return stage_;
+  }
+
+  // Each warp, when it has read the stage.
+  __device__ void Release() {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) Arrive(SharedAddress(&barriers_[stage_][1]));
+    if (++stage_ == stages_) stage_ = 0, ++phase_;
+  }
+
+ private:
+  __device__ uint32_t Filled(int stage) const { return SharedAddress(&barriers_[stage][0]); }
+
+  Barriers* barriers_;
+  int stages_, steps_;
+  int stage_ = 0, phase_ = 0;
+  int filling_ = 0, filling_phase_ = 0;
+};
 
 #endif  // __CUDACC__
 
