@@ -207,10 +207,10 @@ _CUDA_ALONE_FORWARD, _CUDA_ALONE_BACKWARD = 1 << 27, 1 << 24
 # (2.7) and 3.7, 14.0 (9.6) and 12.4. Rank 32, 4096→4096: 1024 rows 11.2 and 13.6, 41.6 and 46.2,
 # 8192 rows 49.2 and 42.1, 152 and 152; rank 64, 8192 rows 55.8 and 63.4.
 _CUDA_ALONE_MANY_RANKS = (8, 16)
-# In bfloat16, ranks and sizes that it does not take are ours with the older kernel in narrow layers.
+# In bfloat16, ranks and sizes that it does not take are ours, by the older kernel, in narrow layers.
 # 1024→1024, rank 16, the definition and that one, forward, and forward and backward: 2048 rows 6.8
-# and 7.1, 27.5 and 24.7 (with XLA's forward 30.8), 4096 rows 9.4 and 9.9, 36.8 and 31.7 (34.1), 8192
-# rows 15.3 and 13.4; of 2048→2048 8192 rows 22.1 and 22.7, 79.5 and 81.0.
+# and 7.1, 27.5 and 24.7 (with XLA's forward 30.8), 4096 rows 9.4 and 9.9, 36.8 and 31.7 (34.1),
+# 8192 rows 15.3 and 13.4; of 2048→2048 8192 rows 22.1 and 22.7, 79.5 and 81.0.
 _CUDA_ALONE_ROWS, _CUDA_ALONE_WIDTH, _CUDA_ALONE_RANK = 2048, 1024, 16
 
 
