@@ -1,11 +1,11 @@
 // What the kernels of y = s·(x·A)·B alone have in common. For few rows (delta_fma.cu, delta_mma.cu)
 // a cluster of 8 blocks has a tile of rows. Each sums its eighth of the depth, sends the sums to
 // all, and writes its part of y. There is hardly any work in that; the time is what the steps take
-// that wait for each other, and how many instructions a warp has between them. So what is not usual (other ranks, types that
-// differ, an addend) is not asked for here but left to rows.cu and thin.cu, all that is read is
-// asked for at the start, B too, and sums are sent so that nobody has to ask for them: 970 cycles
-// at a barrier of the cluster that waits for what was stored elsewhere became 300. More rows, in 16
-// bits, have smaller clusters or none (delta_tma.cu).
+// that wait for each other, and how many instructions a warp has between them. So what is not usual
+// (other ranks, types that differ, an addend) is not asked for here but left to rows.cu and
+// thin.cu, all that is read is asked for at the start, B too, and sums are sent so that nobody has
+// to ask for them: 970 cycles at a barrier of the cluster that waits for what was stored elsewhere
+// became 300. More rows, in 16 bits, have smaller clusters or none (delta_tma.cu).
 #ifndef JAX_FUSED_LORA_NATIVE_CUDA_DELTA_CUH_
 #define JAX_FUSED_LORA_NATIVE_CUDA_DELTA_CUH_
 
