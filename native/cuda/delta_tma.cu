@@ -34,7 +34,6 @@ struct Tile {
   // Of a stage. A step has some 250 cycles of its own, but there have to be a few stages.
   static constexpr int kDepth = kRows * kRanks <= 32 * 16 ? 256 : 128;
   static constexpr int kRowBlocks = kRows / 16, kShares = kWarps / kRowBlocks;  // of the depth
-  static constexpr int kShareDepth = kDepth / kShares;
   static constexpr int kXBytes = kRows * kDepth * 2;
   static constexpr int kStageBytes = kXBytes + kRanks * kDepth * 2;
   // A as it lies, in one run. Wider rows would share banks, and are swizzled.
@@ -65,9 +64,9 @@ struct TileArguments {
 template <class T>
 __device__ inline void MultiplyStage(float (&sums)[T::kRanks / 8][4], const char* stage, int depths,
                                      int warp, int lane) {
-  constexpr int kRanks = T::kRanks;
+  constexpr int kRanks = T::kRanks, kShareDepth = T::kDepth / T::kShares;
   const int row = warp % T::kRowBlocks * 16 + lane % 16;
-  const int first = warp / T::kRowBlocks * T::kShareDepth;
+  const int first = warp / T::kRowBlocks * kShareDepth;
   if (first >= depths) return;
   const char* const a = stage + T::kXBytes;
   // Where 8 of the depth of a row lie that is swizzled, and 8 ranks of a row of A.
@@ -80,7 +79,7 @@ __device__ inline void MultiplyStage(float (&sums)[T::kRanks / 8][4], const char
     return a + depth * kRanks * 2 + ((rank / 8) ^ mask) * 16;
   };
 #pragma unroll
-  for (int k = 0; k < T::kShareDepth; k += 32) {
+  for (int k = 0; k < kShareDepth; k += 32) {
     const int depth = first + k;
     uint32_t x[2][4];
 #pragma unroll
@@ -339,12 +338,13 @@ cudaError_t LaunchTile(cudaStream_t stream, const Pass& pass, const Plan& plan) 
   const int rows = static_cast<int>(plan.rows), stages = T::Stages(parts);
   CUtensorMap x, a = {};
   bool mapped = MapBoxes(pass.element, pass.x, sizes.rows, sizes.in, rows, kSwizzled, &x);
-  if constexpr (T::kTransposed) {
-    mapped = mapped &&
-             MapBoxes(pass.element, pass.a.data, T::kRanks, sizes.in, T::kRanks, kSwizzled, &a);
-  } else if constexpr (!T::kRun) {
-    mapped = mapped &&
-             MapBoxes(pass.element, pass.a.data, sizes.in, T::kRanks, kSwizzled, T::kRanks, &a);
+  if constexpr (!T::kRun) {
+    const int64_t a_rows = T::kTransposed ? T::kRanks : sizes.in;
+    const int64_t a_columns = T::kTransposed ? sizes.in : T::kRanks;
+    const int box_rows = T::kTransposed ? T::kRanks : kSwizzled;
+    const int box_columns = T::kTransposed ? kSwizzled : T::kRanks;
+    mapped =
+        mapped && MapBoxes(pass.element, pass.a.data, a_rows, a_columns, box_rows, box_columns, &a);
   }
   if (!mapped) return cudaErrorUnknown;
   const int64_t blocks = CeilDiv(sizes.rows, rows) * parts;
