@@ -378,7 +378,7 @@ bool DeltaTmaServes(const Pass& pass) {
   return DeltaTakes(pass) && pass.element != Element::kFloat32 && sizes.rows <= INT_MAX / 64 &&
          sizes.in % kDepths == 0 && sizes.out % kColumns == 0 && a.vectors &&
          (b.transposed ? b.quads : b.vectors) && Vectors(pass.x, sizes.in, width) &&
-         Vectors(pass.y, sizes.out, width) && HasTma();
+         Vectors(pass.y, sizes.out, width) && Vectors(pass.h, sizes.rank, 4) && HasTma();
 }
 
 cudaError_t LaunchDeltaTma(cudaStream_t stream, const Pass& pass) {
