@@ -218,21 +218,9 @@ __global__ void __launch_bounds__(kThreads)
     const int column = strip * kColumns + t * 8;
     strip += strips_apart;
     load_b();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = g + half * 8;
-      if (row >= rows) break;
-      E* const to = static_cast<E*>(p.y) + (first_row + row) * static_cast<int64_t>(p.out) + column;
-#pragma unroll
-      for (int side = 0; side < 2; ++side) {
-        E elements[8];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          elements[j] = Rounded<E>(shared.row_scaling[row] * y[j][half * 2 + side]);
-        }
-        StoreVectors(elements, to + side * 32);
-      }
-    }
+    StoreRows<E>(y, shared.row_scaling, g, rows, [&](int row) {
+      return static_cast<E*>(p.y) + (first_row + row) * static_cast<int64_t>(p.out) + column;
+    });
   }
 #endif
 }

@@ -67,6 +67,27 @@ __device__ inline float ScaleRow(float (&values)[kCount], float scaling) {
   return scaling;
 }
 
+// A lane's part of 16 rows by 64 columns of y, of its rows `row` and row + 8 those that are.
+// at(row): where its first column of a row is.
+template <class E, class At>
+__device__ inline void StoreRows(const float (&sums)[8][4], const float* row_scaling, int row,
+                                 int rows, const At& at) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int own = row + half * 8;
+    if (own >= rows) break;
+    const float scaling = row_scaling[own];
+    E* const to = at(own);
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      E elements[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) elements[j] = Rounded<E>(scaling * sums[j][half * 2 + side]);
+      StoreVectors(elements, to + side * 32);
+    }
+  }
+}
+
 #endif  // __CUDACC__
 
 }  // namespace jax_fused_lora

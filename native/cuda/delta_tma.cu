@@ -285,20 +285,8 @@ __global__ void __launch_bounds__(kThreads, 2)
           Multiply<E>(sums[j], upper.z, lower.z, upper.w, lower.w, b[step][j][0], b[step][j][1]);
         }
       }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int own = row + half * 8;
-        if (own >= rows) break;
-        const float scaling = row_scaling[own];
-        E* const to = y + own * static_cast<int64_t>(p.out) + t * 8;
-#pragma unroll
-        for (int side = 0; side < 2; ++side) {
-          E elements[8];
-#pragma unroll
-          for (int j = 0; j < 8; ++j) elements[j] = Rounded<E>(scaling * sums[j][half * 2 + side]);
-          StoreVectors(elements, to + side * 32);
-        }
-      }
+      StoreRows<E>(sums, row_scaling, row, rows,
+                   [&](int row) { return y + row * static_cast<int64_t>(p.out) + t * 8; });
     }
   }
 #endif
