@@ -200,9 +200,9 @@ _CUDA_ALONE_FORWARD, _CUDA_ALONE_BACKWARD = 1 << 27, 1 << 24
 # multiples of 128 in and out. An H200, bfloat16, rank 16 unless said, microseconds of the
 # definition (in brackets of the plain formula) and ours, forward, and forward and backward (†:
 # before the gradients had the copy engine): 4096→4096, 512 rows 7.5 (6.2) and 6.8, 30.9 (22.3)
-# and 25.2†, 1024 rows 10.2 (8.7) and 9.6, 35.3 (28.3) and 31.1, 2048 rows 14.5 (11.8) and 12.2,
-# 50.2 (41.6) and 45.6, 4096 rows 22.2 (18.9) and 17.9, 77.0 (61.8) and 75.3†, 8192 rows 45.6
-# (39.5) and 35.4, 139.6 (119.4) and 121.0; 2048 rows of 4096→11008 24.9 (21.1) and 20.0, 82.8
+# and 25.2†, 1024 rows 10.2 (8.7) and 9.6, 35.3 (28.3) and 31.1, 2048 rows 14.5 (12.0) and 12.4,
+# 50.4 (42.2) and 46.0, 4096 rows 22.2 (19.3) and 18.0, 77.0 (61.8) and 75.3†, 8192 rows 45.9
+# (39.6) and 35.2, 139.6 (119.4) and 121.0; 2048 rows of 4096→11008 24.9 (21.1) and 20.0, 82.8
 # (68.0) and 75.5†; of 2048→2048 9.3 (7.7) and 8.1, 34.8 (28.3) and 29.0†; 512 rows of 512→512 4.2
 # (3.2) and 4.0, 18.6 (13.4) and 13.3, of 256→256, rank 8, 4.2 (2.7) and 3.7, 14.0 (9.6) and 12.4.
 # Rank 32, 4096→4096: 1024 rows 11.2 and 13.6, 41.6 and 46.2†, 8192 rows 49.2 and 42.1, 152 and
@@ -317,12 +317,7 @@ def _few_alone(problem: Problem) -> bool:
 
 
 def _alone(problem: Problem, work: int) -> bool:
-    """Whether a pass without W, of any rows, is faster: see _CUDA_ALONE_FORWARD and behind it.
-
-    Args:
-        problem: a call without W.
-        work: multiplications from which it is in float16.
-    """
+    """Whether a pass without W is faster, in float16 from so many multiplications on."""
     if not _tma_takes(problem):
         return False
     narrow = max(problem.k, problem.n) <= _CUDA_ALONE_WIDTH and problem.rank <= _CUDA_ALONE_RANK

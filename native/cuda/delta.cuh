@@ -53,6 +53,27 @@ inline bool DeltaTakes(const Pass& pass) {
          HasSm90();
 }
 
+// Whether they are for it on tensor cores, with all in vectors: a 16-bit type, in and out multiples
+// of `depth` and `columns`.
+inline bool DeltaTakesVectors(const Pass& pass, int64_t depth, int64_t columns) {
+  const Sizes& sizes = pass.sizes;
+  const int64_t width = Width(pass.element);
+  const FactorView a = View(pass.a, sizes.in, sizes.rank), b = View(pass.b, sizes.rank, sizes.out);
+  return DeltaTakes(pass) && pass.element != Element::kFloat32 && sizes.in % depth == 0 &&
+         sizes.out % columns == 0 && a.vectors && (b.transposed ? b.quads : b.vectors) &&
+         Vectors(pass.x, sizes.in, width) && Vectors(pass.y, sizes.out, width);
+}
+
+// Calls function(E(), std::bool_constant<transposed>()) for such a pass's 16-bit type E.
+template <class Function>
+cudaError_t DispatchFactors(const Pass& pass, const Function& function) {
+  const auto launch = [&](auto element) {
+    return pass.a.transposed ? function(element, std::true_type())
+                             : function(element, std::false_type());
+  };
+  return pass.element == Element::kBfloat16 ? launch(__nv_bfloat16()) : launch(__half());
+}
+
 // Calls function(std::integral_constant<int, rank>()) for one of those ranks.
 template <class Function>
 cudaError_t DispatchRank(int64_t rank, const Function& function) {

@@ -1,5 +1,5 @@
 // What the kernels of the low-rank part alone have in common that multiply on tensor cores: how
-// they hold B and h.
+// they hold B, scale h and store y.
 #ifndef JAX_FUSED_LORA_NATIVE_CUDA_DELTA_MMA_CUH_
 #define JAX_FUSED_LORA_NATIVE_CUDA_DELTA_MMA_CUH_
 

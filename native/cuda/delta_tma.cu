@@ -360,22 +360,14 @@ cudaError_t LaunchPart(cudaStream_t stream, const Pass& pass) {
 }  // namespace
 
 bool DeltaTmaServes(const Pass& pass) {
-  const Sizes& sizes = pass.sizes;
-  const int64_t width = Width(pass.element);
-  const FactorView a = View(pass.a, sizes.in, sizes.rank), b = View(pass.b, sizes.rank, sizes.out);
-  return DeltaTakes(pass) && pass.element != Element::kFloat32 && sizes.rows <= INT_MAX / 64 &&
-         sizes.in % kDepths == 0 && sizes.out % kColumns == 0 && a.vectors &&
-         (b.transposed ? b.quads : b.vectors) && Vectors(pass.x, sizes.in, width) &&
-         Vectors(pass.y, sizes.out, width) && Vectors(pass.h, sizes.rank, 4) && HasTma();
+  return pass.sizes.rows <= INT_MAX / 64 && DeltaTakesVectors(pass, kDepths, kColumns) &&
+         Vectors(pass.h, pass.sizes.rank, 4) && HasTma();
 }
 
 cudaError_t LaunchDeltaTma(cudaStream_t stream, const Pass& pass) {
-  const auto launch = [&](auto element) {
-    using E = decltype(element);
-    return pass.a.transposed ? LaunchPart<E, true>(stream, pass)
-                             : LaunchPart<E, false>(stream, pass);
-  };
-  return pass.element == Element::kBfloat16 ? launch(__nv_bfloat16()) : launch(__half());
+  return DispatchFactors(pass, [&](auto element, auto transposed) {
+    return LaunchPart<decltype(element), decltype(transposed)::value>(stream, pass);
+  });
 }
 
 }  // namespace jax_fused_lora

@@ -29,7 +29,6 @@
 namespace jax_fused_lora {
 namespace {
 
-constexpr int kThreads = kGradThreads;
 constexpr int64_t kLeastRows = 128;  // of a slice
 constexpr int kMemory = 99 * 1024;   // of a block, on every GPU
 constexpr int kMostStages = 4;
@@ -42,7 +41,7 @@ __device__ inline int WholeSteps(int rows) { return (rows + 15) / 16 * 16; }
 template <class T, int kRows, int kChunks>
 struct Tiles {
   static constexpr int kStride = kChunks * 16 + 16, kSize = kRows * kStride;
-  static constexpr int kChunk = 16 / sizeof(T), kRowsApart = kThreads / kChunks;
+  static constexpr int kChunk = 16 / sizeof(T), kRowsApart = kGradThreads / kChunks;
 
   const T* source;
   const T* from;
@@ -164,7 +163,7 @@ __device__ inline void MultiplyRows(Quads (&sums)[L::kM][L::kJ], const E*, const
 
 // kRanks: as many as there is room for.
 template <class E, int kRanks>
-__global__ void __launch_bounds__(kThreads, sizeof(E) == 4 && kRanks > 16 ? 1 : 2)
+__global__ void __launch_bounds__(kGradThreads, sizeof(E) == 4 && kRanks > 16 ? 1 : 2)
     GradKernel(const __grid_constant__ GradArguments all) {
   using L = Layout<E, kRanks>;
   extern __shared__ __align__(16) char memory[];
@@ -228,20 +227,20 @@ __global__ void __launch_bounds__(kThreads, sizeof(E) == 4 && kRanks > 16 ? 1 : 
 
 // The sums over slices. Launched as a programmatic dependent of the kernel above.
 template <class E, int kRanks>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kGradThreads)
     FinishKernel(const __grid_constant__ GradArguments all) {
   using L = Layout<E, kRanks>;
-  constexpr int kBlocks = L::kBlockQuads / kThreads;  // of this kernel, for one above
+  constexpr int kBlocks = L::kBlockQuads / kGradThreads;  // of this kernel, for one above
   WaitForKernelBefore();
   const bool second = blockIdx.x >= all.parts[0].blocks * kBlocks;
   const GradPart& p = all.parts[second];
   const unsigned own = blockIdx.x - (second ? all.parts[0].blocks * kBlocks : 0);
   const int64_t size = static_cast<int64_t>(p.blocks) * L::kBlockQuads;
-  const float4* from = p.sums + static_cast<int64_t>(own) * kThreads + threadIdx.x;
+  const float4* from = p.sums + static_cast<int64_t>(own) * kGradThreads + threadIdx.x;
   float4 sum = *from;
 #pragma unroll 8
   for (unsigned slice = 1; slice < all.slices; ++slice) Add(*(from += size), &sum);
-  WriteQuad<L, E>(p, all.rank, own / kBlocks, own % kBlocks * kThreads + threadIdx.x, sum);
+  WriteQuad<L, E>(p, all.rank, own / kBlocks, own % kBlocks * kGradThreads + threadIdx.x, sum);
 }
 
 int64_t ColumnBlocks(int64_t in, int64_t rank) { return CeilDiv(in, ColumnsOf(rank)); }
@@ -301,11 +300,11 @@ cudaError_t LaunchGrads(cudaStream_t stream, Element element, int64_t rows, int6
       const cudaError_t error = tma ? LaunchGradTma(stream, all, blocks)
                                     : Launch(GradKernel<E, decltype(ranks)::value>,
                                              dim3(static_cast<unsigned>(blocks), all.slices),
-                                             kThreads, L::kShared, stream, false, 1, all);
+                                             kGradThreads, L::kShared, stream, false, 1, all);
       if (error != cudaSuccess || all.slices == 1) return error;
       return Launch(FinishKernel<E, decltype(ranks)::value>,
-                    dim3(static_cast<unsigned>(blocks * (L::kBlockQuads / kThreads))), kThreads, 0,
-                    stream, HasSm90(), 1, all);
+                    dim3(static_cast<unsigned>(blocks * (L::kBlockQuads / kGradThreads))),
+                    kGradThreads, 0, stream, HasSm90(), 1, all);
     };
     switch (RoomForRanks(rank)) {
       case 16:

@@ -329,13 +329,15 @@ const Case kCases[] = {
     {{16, 512, 512, 16}, 1e-3},
     {{100, 512, 512, 16}, 1e-3},
     {{100, 128, 128, 40}, 16.0},
-    // delta_tma.cu: tiles of 32 rows in four parts and in two, of 64 in two and whole.
+    // delta_tma.cu: tiles of up to 32 rows in four parts and in two, of up to 64 in four, in two
+    // and whole.
     {{500, 384, 192, 16}},
     {{485, 128, 64, 8}},
     {{1000, 640, 576, 64}},
     {{1500, 896, 128, 32}},
     {{1090, 384, 320, 64}},
     {{2100, 1152, 64, 8}},
+    {{1100, 2176, 2048, 16}},
     {{4300, 256, 64, 16}},
     {{5000, 128, 128, 64}},
     {{4240, 384, 192, 32}},
