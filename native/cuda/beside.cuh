@@ -9,13 +9,16 @@
 
 namespace jax_fused_lora {
 
-// A dependent reads `done` without waiting for this kernel. So what is cleared has to have reached
-// the L2 cache, out of which it reads, before it may start.
+// One warp's part, at a kernel's start: `done` is cleared, and the product may start. It reads
+// `done` without waiting for this kernel, so what is cleared has to have reached the L2 cache
+// before.
 __device__ inline void ClearDone(unsigned* done, int tiles) {
-  for (int i = blockIdx.x + threadIdx.x * gridDim.x; i < tiles; i += blockDim.x * gridDim.x) {
+  for (int i = blockIdx.x + threadIdx.x % 32 * gridDim.x; i < tiles; i += 32 * gridDim.x) {
     done[i] = 0;
   }
   __threadfence();
+  __syncwarp();
+  LaunchDependents();
 }
 
 __device__ inline void SetDone(unsigned* done) {

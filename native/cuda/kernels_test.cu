@@ -1,7 +1,7 @@
 // Runs what kernels.h declares and checks every result against float64, then times it. Built and
 // run, under compute-sanitizer too, by tests/cuda_check.sh.
 //
-// Usage: kernels_test [--small] [--times [NAME] | --no-times]
+// Usage: kernels_test [--small] [--dtype DTYPE] [--times [NAME] | --no-times]
 //
 // Every operand is a block of memory of exactly its size, so that memcheck knows its end; results
 // and workspaces begin as NaN. The rule is that of jax_fused_lora/accuracy.py.
@@ -483,12 +483,14 @@ void RunCase(const Case& given, const Dtype& dtype, bool wide_a, bool wide_b, st
   }
 }
 
-int CheckAll(bool small) {
+// `only` is a dtype's name; empty for all.
+int CheckAll(bool small, const std::string& only) {
   const std::vector<Case> cases =
       small ? std::vector<Case>(std::begin(kSmallCases), std::end(kSmallCases))
             : std::vector<Case>(std::begin(kCases), std::end(kCases));
   int failures = 0;
   for (const Dtype& dtype : kDtypes) {
+    if (!only.empty() && only != dtype.name) continue;
     std::mt19937 random(1);
     Tally tally;
     for (const Case& given : cases) {
@@ -696,21 +698,28 @@ void Times() {
 
 int Main(int count, char** arguments) {
   bool small = false, check = true, times = true;
+  std::string only;
   for (int i = 1; i < count; ++i) {
     const std::string argument = arguments[i];
     if (argument == "--small") {
       small = true;
       times = false;
+    } else if (argument == "--dtype" && i + 1 < count) {
+      only = arguments[++i];
+      const auto named = [&](const Dtype& dtype) { return only == dtype.name; };
+      if (std::none_of(std::begin(kDtypes), std::end(kDtypes), named)) {
+        Die("no dtype %s", only.c_str());
+      }
     } else if (argument == "--times") {
       check = false;
       if (i + 1 < count && arguments[i + 1][0] != '-') timed = arguments[++i];
     } else if (argument == "--no-times") {
       times = false;
     } else {
-      Die("usage: %s [--small] [--times [NAME] | --no-times]", arguments[0]);
+      Die("usage: %s [--small] [--dtype DTYPE] [--times [NAME] | --no-times]", arguments[0]);
     }
   }
-  const int failures = check ? CheckAll(small) : 0;
+  const int failures = check ? CheckAll(small, only) : 0;
   if (times) Times();
   return failures == 0 ? 0 : 1;
 }

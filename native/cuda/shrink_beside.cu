@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(Beside::kThreads, 1)
   const bool fetches = threadIdx.x < 128;
   const int thread = threadIdx.x - 128;  // of those that multiply
 
-  ClearDone(p.done, p.tiles);
+  if (threadIdx.x / 32 == 1) ClearDone(p.done, p.tiles);
 
   typename Pipeline::Params pipeline_params;
   pipeline_params.role =
@@ -84,8 +84,6 @@ __global__ void __launch_bounds__(Beside::kThreads, 1)
   pipeline_params.transaction_bytes = Mainloop::TmaTransactionBytes;
   Pipeline pipeline(storage.pipeline, pipeline_params, typename Beside::Cluster{});
   cute::cluster_arrive_relaxed();
-  __syncthreads();  // all is cleared
-  LaunchDependents();
   cute::cluster_wait();  // both blocks' barriers are ready
 
   Mainloop mainloop;

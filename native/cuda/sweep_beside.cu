@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) char memory[];
   auto& s = *reinterpret_cast<Storage<kSteps>*>(memory);
   const int group = threadIdx.x / kGroup, block = blockIdx.x;
-  ClearDone(p.done, p.tiles);
+  if (threadIdx.x / 32 == 1) ClearDone(p.done, p.tiles);
   if (threadIdx.x == 0) {
     for (Full& barrier : s.g_full) barrier.init(1);
     s.b_full.init(1);
@@ -318,8 +318,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     s.parts_full.arrive_and_expect_tx(sizeof(s.parts));
   }
   cute::cluster_arrive_relaxed();
-  __syncthreads();  // all is cleared
-  LaunchDependents();
   cute::cluster_wait();  // all blocks' barriers are ready
 
   // dB's sums alone are 128 registers of a thread, of 128 that each has as they start.
