@@ -33,15 +33,18 @@
 // began 1000 cycles late, flags set or not.) Nobody waits for ever: a product starts when all
 // blocks of the kernel before run already, and those wait for nobody.
 //
-// In a backward pass that kernel may have the gradient of B, too (sweep_beside.cu).
+// In a backward pass that kernel may have the gradient of B, too (sweep_beside.cu). A kernel behind
+// the product that needs nothing of it but h, A's gradient, may begin before the product has ended:
+// a block lets dependents start once h of its last tile's rows is there, and some block has then
+// waited for the kernel beside, so that all of h is there when all blocks have.
 //
 // Tried before: every block multiplies a share of k by A beside W, and a warp adds the shares of
 // all blocks that have the same rows. The blocks then go through k in different orders, wait for
 // each other at every tile, and the small wgmma reads x from shared memory again: 512 rows took
 // 29.6 µs, not 27.6, 8192 rows 1.05 of cuBLAS's bare product, not 1.03.
 //
-// This file is compiled 13 times, a CUTLASS kernel being slow to compile: with
-// JAX_FUSED_LORA_GEMM_PART from 0 to 11 for one kernel each, and without for the functions of the
+// This file is compiled 17 times, a CUTLASS kernel being slow to compile: with
+// JAX_FUSED_LORA_GEMM_PART from 0 to 15 for one kernel each, and without for the functions of the
 // header. Always with NDEBUG: the asserts in CUTLASS's loop make the compiler serialize wgmma.
 #include <algorithm>
 #include <atomic>
@@ -131,6 +134,8 @@ struct WithRank : Mainloop {
     int m, k_tiles, r;  // k_tiles: tiles of x and W
     const unsigned* done;
     int done_count;
+    int tiles;  // of y, and whether consecutive blocks have those along n
+    bool along_n;
   };
 
   struct TensorStorage : Mainloop::TensorStorage {
@@ -285,6 +290,14 @@ struct WithRank : Mainloop {
     } while (now < tiles);
   }
 
+  // How many tiles CUTLASS's scheduler gives this block.
+  CUTLASS_DEVICE static int TilesOfBlock(Params const& params) {
+    const int blocks = gridDim.x * gridDim.y;
+    const int block =
+        params.along_n ? blockIdx.y * gridDim.x + blockIdx.x : blockIdx.x * gridDim.y + blockIdx.y;
+    return (params.tiles - block + blocks - 1) / blocks;
+  }
+
   // Another warp's part: to wait for h16 of a tile's rows, so that the fetching thread does not.
   template <class Inputs, class Coord, class KTileIterator>
   CUTLASS_DEVICE void load_auxiliary(Params const& params, Pipeline, State, Inputs const&,
@@ -314,6 +327,10 @@ struct WithRank : Mainloop {
     // h16 was written as memory usually is, and TMA reads it.
     asm volatile("fence.proxy.async;" ::: "memory");
     StoreReady(stages, tile_number);
+    if (tile_number == TilesOfBlock(params)) {
+      __threadfence();
+      LaunchDependents();
+    }
   }
 
   // A warpgroup's part. As Mainloop::mma, leaves one group of wgmma on its way and that stage to
@@ -374,11 +391,20 @@ struct Tile<1> {
   using Schedule = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
 };
 
+// Where a block has more than one tile, the warpgroups take turns; where each has one, both
+// multiply it, and each stores half (in JAX, an H200, µs, in turns and so: 512 rows of
+// 4096→4096 29.5 to 30.7 and 29.2, of 1024→1024 11.1 and 10.6; but three tiles a block, 1100 rows
+// of 4096→4096, 75 and 77).
 template <>
 struct Tile<2> {
   using Shape = cute::Shape<cute::_128, cute::_128, cute::_64>;
   using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
   using Schedule = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
+};
+
+template <>
+struct Tile<3> : Tile<2> {
+  using Schedule = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
 };
 
 template <class Tile, class Element, bool transposed>
@@ -456,6 +482,8 @@ cudaError_t LaunchGemm(const Gemm& gemm, const GemmPlan& plan, const unsigned* d
   arguments.scheduler.raster_order = plan.along_n ? Order::AlongN : Order::AlongM;
 
   typename Kernel::Params params = Kernel::to_underlying_arguments(arguments, nullptr);
+  params.mainloop.tiles = static_cast<int>(params.scheduler.blocks_per_problem_);
+  params.mainloop.along_n = plan.along_n;
   config.gridDim = Kernel::get_grid_shape(params);
   if (programmatic_dependent && gemm.r > 0) ++config.numAttrs;
   void* pointers[] = {&params};
@@ -477,23 +505,24 @@ template cudaError_t LaunchGemm<PART / 4, PART / 2 % 2 == 0, PART % 2 == 1>(
 namespace jax_fused_lora {
 namespace {
 
-constexpr int kTiles = 3;
-
 using Launcher = cudaError_t (*)(const Gemm&, const GemmPlan&, const unsigned*, int, int,
                                  cudaStream_t, bool);
 
 // By tile, bf16 and transposed.
-constexpr Launcher kLaunchers[kTiles][2][2] = {
+constexpr Launcher kLaunchers[kGemmTiles][2][2] = {
     {{LaunchGemm<0, false, false>, LaunchGemm<0, false, true>},
      {LaunchGemm<0, true, false>, LaunchGemm<0, true, true>}},
     {{LaunchGemm<1, false, false>, LaunchGemm<1, false, true>},
      {LaunchGemm<1, true, false>, LaunchGemm<1, true, true>}},
     {{LaunchGemm<2, false, false>, LaunchGemm<2, false, true>},
      {LaunchGemm<2, true, false>, LaunchGemm<2, true, true>}},
+    {{LaunchGemm<3, false, false>, LaunchGemm<3, false, true>},
+     {LaunchGemm<3, true, false>, LaunchGemm<3, true, true>}},
 };
 
-constexpr int kTileRows[kTiles] = {128, 256, 128}, kTileColumns[kTiles] = {256, 128, 128};
-constexpr bool kClusterAlongN[kTiles] = {false, true, false};
+constexpr int kTileRows[kGemmTiles] = {128, 256, 128, 128};
+constexpr int kTileColumns[kGemmTiles] = {256, 128, 128, 128};
+constexpr bool kClusterAlongN[kGemmTiles] = {false, true, false, false};
 
 // Of the shrink beside. The bytes of x and A that a block reads in a cycle: 128 rows of 4096 took
 // 16.5, 18.4 and 21.6 µs at rank 16, 32 and 64.
@@ -596,10 +625,11 @@ GemmPlan GemmSm90Plan(const Gemm& gemm, int multiprocessors) {
   const auto time = [&](int64_t rows, int64_t columns, double tile) {
     return CeilDiv(CeilDiv(gemm.m, rows) * CeilDiv(gemm.n, columns), multiprocessors) * tile;
   };
-  const double wide = time(128, 256, 2), tall = time(256, 128, 2), small = time(128, 128, 1.1);
+  constexpr double kSmall = 1.1;
+  const double wide = time(128, 256, 2), tall = time(256, 128, 2), small = time(128, 128, kSmall);
   GemmPlan plan;
   if (small < std::min(wide, tall)) {
-    plan.tile = 2;
+    plan.tile = small > kSmall ? 2 : 3;
   } else {
     plan.tile = wide < tall ? 0 : 1;
   }
@@ -615,8 +645,8 @@ namespace {
 constexpr int64_t kLargeW = 64 << 20;
 
 // GemmSm90Plan's, but that a round wants few rows: of a large W not the fewest, so that it does not
-// read all of W (8192 rows of 8192→8192 in JAX on an H200: 1655 to 1687 µs, then 1625 to 1634; of
-// 8 tiles side by side the first round waits for h, 1658).
+// read all of W (8192 rows of 8192→8192 in JAX on an H200: 1655 to 1711 µs before, now 1625 to
+// 1650; of 8 tiles side by side the first round waits for h, 1658).
 GemmPlan PlanBeside(const Gemm& gemm, int multiprocessors) {
   GemmPlan plan = GemmSm90Plan(gemm, multiprocessors);
   if (RoundsOf(gemm, plan, multiprocessors).rounds == 1) return plan;
@@ -669,7 +699,8 @@ cudaError_t Start(const Gemm& gemm, const GemmPlan& plan, const unsigned* done, 
 
 cudaError_t GemmSm90(const Gemm& gemm, const GemmPlan& plan, cudaStream_t stream,
                      bool programmatic_dependent) {
-  if (!GemmSm90Serves(gemm) || plan.tile < 0 || plan.tile >= kTiles) return cudaErrorInvalidValue;
+  if (!GemmSm90Serves(gemm) || plan.tile < 0 || plan.tile >= kGemmTiles)
+    return cudaErrorInvalidValue;
   int device, multiprocessors;
   const cudaError_t error = ThisDevice(&device, &multiprocessors);
   if (error != cudaSuccess) return error;
@@ -685,7 +716,7 @@ cudaError_t GemmSm90(const Gemm& gemm, cudaStream_t stream, bool programmatic_de
 
 cudaError_t GemmSm90(const Gemm& gemm, const GemmShrink& shrink, const GemmPlan& plan,
                      cudaStream_t stream) {
-  if (plan.tile < 0 || plan.tile >= kTiles) return cudaErrorInvalidValue;
+  if (plan.tile < 0 || plan.tile >= kGemmTiles) return cudaErrorInvalidValue;
   int device, multiprocessors;
   cudaError_t error = ThisDevice(&device, &multiprocessors);
   if (error != cudaSuccess) return error;

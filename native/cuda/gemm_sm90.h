@@ -62,8 +62,9 @@ struct GemmGrad {
 };
 
 // Which kernel, and in which order its blocks take the tiles of y.
+constexpr int kGemmTiles = 4;
 struct GemmPlan {
-  int tile;      // 0: 128×256, 1: 256×128, 2: 128×128, ping-pong
+  int tile;      // 0: 128×256, 1: 256×128, 2: 128×128, ping-pong, 3: 128×128
   int swizzle;   // 1, 2, 4 or 8 tiles side by side before the order goes on
   bool along_n;  // consecutive blocks lie along n
 };

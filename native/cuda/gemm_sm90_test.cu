@@ -217,7 +217,7 @@ __global__ void JudgeKernel(const T* y, const T* bias, const double* truth, cons
 }
 
 std::string Describe(const GemmPlan& plan) {
-  static const char* const kTiles[] = {"128x256", "256x128", "128x128pp"};
+  static const char* const kTiles[] = {"128x256", "256x128", "128x128pp", "128x128"};
   return std::string(kTiles[plan.tile]) + "/" + std::to_string(plan.swizzle) +
          (plan.along_n ? "n" : "m");
 }
@@ -275,7 +275,7 @@ void TestShrink(int64_t m, int64_t k, int64_t n, int64_t r, cudaStream_t stream)
     using Way = std::function<cudaError_t(const Gemm&)>;
     std::vector<std::pair<std::string, Way>> ways;
     std::vector<GemmPlan> plans = {GemmSm90Plan(gemm, multiprocessors)};
-    for (int tile = 0; tile < 3; ++tile) {
+    for (int tile = 0; tile < kGemmTiles; ++tile) {
       for (bool along_n : {false, true}) plans.push_back({tile, 1, along_n});
     }
     for (const GemmPlan& plan : plans) {
@@ -398,7 +398,7 @@ void TestShape(int64_t m, int64_t k, int64_t n, int64_t r, cudaStream_t stream) 
     }
     for (bool with_bias : {false, true}) {
       gemm.bias = with_bias ? bias.get() : nullptr;
-      for (int tile = 0; tile < 3; ++tile) {
+      for (int tile = 0; tile < kGemmTiles; ++tile) {
         for (int order = 0; order < 2; ++order) {
           y.Poison();
           h16.Poison();
@@ -597,7 +597,7 @@ void Time(int64_t m, int64_t width, int64_t r, bool transposed, cudaStream_t str
   // Every plan, to revise GemmSm90Plan by.
   std::vector<GemmPlan> plans;
   std::vector<Graph*> graphs;
-  for (int tile = 0; tile < 3; ++tile) {
+  for (int tile = 0; tile < kGemmTiles; ++tile) {
     for (int swizzle : {1, 2, 4, 8}) {
       for (bool along_n : {false, true}) {
         plans.push_back({tile, swizzle, along_n});
