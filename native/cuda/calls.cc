@@ -5,7 +5,7 @@
 // The elements of a batch are launched one after the other and take turns with one workspace. That
 // is safe because the stream has them in order: an element's first kernel is launched as usual and
 // so starts when all before it have ended. The kernels that are programmatic dependents (decode,
-// gemm_sm90, grads) come directly after one of their own element, and end after it.
+// gemm_sm90) come directly after one of their own element, and end after it.
 
 #include "native/calls.h"
 
@@ -167,13 +167,11 @@ class Launcher {
     }
     if (!ok()) return;
     if (shrinks && grad != nullptr && GemmSm90Sweeps(gemm, shrink, *grad)) {
-      h_before_its_end_ = true;
       Did("gemm_sm90", GemmSm90(gemm, shrink, *grad, stream_));
       grad->gradient = nullptr;
       return;
     }
     if (shrinks && GemmSm90Shrinks(gemm, shrink)) {
-      h_before_its_end_ = true;
       return Did("gemm_sm90", GemmSm90(gemm, shrink, stream_));
     }
     Did("shrink",
@@ -191,8 +189,7 @@ class Launcher {
     float* const scratch =
         Take(GradWorkspace(call_.m, call_.r, {da ? call_.k : 0, db ? call_.n : 0}));
     if (!ok()) return;
-    Did("grads", LaunchGrads(stream_, element(), call_.m, call_.r, grads, count, scratch,
-                             h_before_its_end_));
+    Did("grads", LaunchGrads(stream_, element(), call_.m, call_.r, grads, count, scratch));
   }
 
  private:
@@ -203,8 +200,6 @@ class Launcher {
   const Call& call_;
   cudaStream_t stream_;
   int64_t used_ = 0;
-  // Whether the last kernel launched is a product that lets its dependents start when h is there.
-  bool h_before_its_end_ = false;
   std::string error_;
 };
 

@@ -33,10 +33,7 @@
 // began 1000 cycles late, flags set or not.) Nobody waits for ever: a product starts when all
 // blocks of the kernel before run already, and those wait for nobody.
 //
-// In a backward pass that kernel may have the gradient of B, too (sweep_beside.cu). A kernel behind
-// the product that needs nothing of it but h, A's gradient, may begin before the product has ended:
-// a block lets dependents start once h of its last tile's rows is there, and some block has then
-// waited for the kernel beside, so that all of h is there when all blocks have.
+// In a backward pass that kernel may have the gradient of B, too (sweep_beside.cu).
 //
 // Tried before: every block multiplies a share of k by A beside W, and a warp adds the shares of
 // all blocks that have the same rows. The blocks then go through k in different orders, wait for
@@ -134,8 +131,6 @@ struct WithRank : Mainloop {
     int m, k_tiles, r;  // k_tiles: tiles of x and W
     const unsigned* done;
     int done_count;
-    int tiles;  // of y, and whether consecutive blocks have those along n
-    bool along_n;
   };
 
   struct TensorStorage : Mainloop::TensorStorage {
@@ -290,14 +285,6 @@ struct WithRank : Mainloop {
     } while (now < tiles);
   }
 
-  // How many tiles CUTLASS's scheduler gives this block.
-  CUTLASS_DEVICE static int TilesOfBlock(Params const& params) {
-    const int blocks = gridDim.x * gridDim.y;
-    const int block =
-        params.along_n ? blockIdx.y * gridDim.x + blockIdx.x : blockIdx.x * gridDim.y + blockIdx.y;
-    return (params.tiles - block + blocks - 1) / blocks;
-  }
-
   // Another warp's part: to wait for h16 of a tile's rows, so that the fetching thread does not.
   template <class Inputs, class Coord, class KTileIterator>
   CUTLASS_DEVICE void load_auxiliary(Params const& params, Pipeline, State, Inputs const&,
@@ -327,10 +314,6 @@ struct WithRank : Mainloop {
     // h16 was written as memory usually is, and TMA reads it.
     asm volatile("fence.proxy.async;" ::: "memory");
     StoreReady(stages, tile_number);
-    if (tile_number == TilesOfBlock(params)) {
-      __threadfence();
-      LaunchDependents();
-    }
   }
 
   // A warpgroup's part. As Mainloop::mma, leaves one group of wgmma on its way and that stage to
@@ -482,8 +465,6 @@ cudaError_t LaunchGemm(const Gemm& gemm, const GemmPlan& plan, const unsigned* d
   arguments.scheduler.raster_order = plan.along_n ? Order::AlongN : Order::AlongM;
 
   typename Kernel::Params params = Kernel::to_underlying_arguments(arguments, nullptr);
-  params.mainloop.tiles = static_cast<int>(params.scheduler.blocks_per_problem_);
-  params.mainloop.along_n = plan.along_n;
   config.gridDim = Kernel::get_grid_shape(params);
   if (programmatic_dependent && gemm.r > 0) ++config.numAttrs;
   void* pointers[] = {&params};
@@ -699,8 +680,9 @@ cudaError_t Start(const Gemm& gemm, const GemmPlan& plan, const unsigned* done, 
 
 cudaError_t GemmSm90(const Gemm& gemm, const GemmPlan& plan, cudaStream_t stream,
                      bool programmatic_dependent) {
-  if (!GemmSm90Serves(gemm) || plan.tile < 0 || plan.tile >= kGemmTiles)
+  if (!GemmSm90Serves(gemm) || plan.tile < 0 || plan.tile >= kGemmTiles) {
     return cudaErrorInvalidValue;
+  }
   int device, multiprocessors;
   const cudaError_t error = ThisDevice(&device, &multiprocessors);
   if (error != cudaSuccess) return error;

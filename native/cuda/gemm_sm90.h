@@ -61,8 +61,9 @@ struct GemmGrad {
   void* gradient;  // of x's type; null for none
 };
 
+constexpr int kGemmTiles = 4;  // that a plan may have
+
 // Which kernel, and in which order its blocks take the tiles of y.
-constexpr int kGemmTiles = 4;
 struct GemmPlan {
   int tile;      // 0: 128×256, 1: 256×128, 2: 128×128, ping-pong, 3: 128×128
   int swizzle;   // 1, 2, 4 or 8 tiles side by side before the order goes on

@@ -259,8 +259,7 @@ int64_t GradWorkspace(int64_t rows, int64_t rank, std::initializer_list<int64_t>
 }
 
 cudaError_t LaunchGrads(cudaStream_t stream, Element element, int64_t rows, int64_t rank,
-                        const Grad* grads, int count, float* workspace,
-                        bool programmatic_dependent) {
+                        const Grad* grads, int count, float* workspace) {
   if (rank < 0 || rank > kMaxRank || count > kMostGrads) return cudaErrorInvalidValue;
   if (rank == 0) return cudaSuccess;
   GradArguments all = {};
@@ -298,7 +297,7 @@ cudaError_t LaunchGrads(cudaStream_t stream, Element element, int64_t rows, int6
     const auto launch = [&](auto ranks) {
       using L = Layout<E, decltype(ranks)::value>;
       const bool tma = std::is_same_v<E, __nv_bfloat16> && GradTmaServes(all);
-      const cudaError_t error = tma ? LaunchGradTma(stream, all, blocks, programmatic_dependent)
+      const cudaError_t error = tma ? LaunchGradTma(stream, all, blocks)
                                     : Launch(GradKernel<E, decltype(ranks)::value>,
                                              dim3(static_cast<unsigned>(blocks), all.slices),
                                              kGradThreads, L::kShared, stream, false, 1, all);

@@ -70,9 +70,8 @@ struct GradArguments {
 
 // For a bfloat16 x that the copy engine can read, and many rows.
 bool GradTmaServes(const GradArguments& all);
-// `blocks`: of all gradients. `programmatic_dependent` as of LaunchGrads.
-cudaError_t LaunchGradTma(cudaStream_t stream, const GradArguments& all, int64_t blocks,
-                          bool programmatic_dependent);
+// `blocks`: of all gradients.
+cudaError_t LaunchGradTma(cudaStream_t stream, const GradArguments& all, int64_t blocks);
 
 #ifdef __CUDACC__
 

@@ -101,8 +101,6 @@ __global__ void __launch_bounds__(kGradThreads, 2)
   __syncthreads();  // the tiles are read
   FinishBlock<L, __nv_bfloat16>(all.parts[second], all.rank, slice, block, sums, place, share, lane,
                                 memory);
-  // Who waits for this kernel waits for the one before, too, if that still runs.
-  if (blockIdx.x == gridDim.x - 1 && blockIdx.y == gridDim.y - 1) WaitForKernelBefore();
 #endif
 }
 
@@ -118,8 +116,7 @@ bool GradTmaServes(const GradArguments& all) {
   return HasTma();
 }
 
-cudaError_t LaunchGradTma(cudaStream_t stream, const GradArguments& all, int64_t blocks,
-                          bool programmatic_dependent) {
+cudaError_t LaunchGradTma(cudaStream_t stream, const GradArguments& all, int64_t blocks) {
   const auto launch = [&](auto ranks) {
     using L = Layout<decltype(ranks)::value>;
     GradMaps maps = {};
@@ -134,7 +131,7 @@ cudaError_t LaunchGradTma(cudaStream_t stream, const GradArguments& all, int64_t
     }
     return Launch(GradTmaKernel<decltype(ranks)::value>,
                   dim3(static_cast<unsigned>(blocks), all.slices), kGradThreads,
-                  L::kStages * L::kStage, stream, programmatic_dependent, 1, maps, all);
+                  L::kStages * L::kStage, stream, false, 1, maps, all);
   };
   return all.rank <= 16 ? launch(std::integral_constant<int, 16>())
                         : launch(std::integral_constant<int, 32>());

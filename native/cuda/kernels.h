@@ -66,12 +66,10 @@ struct Grad {
 
 // One or two gradients in one launch. Sums over slices of rows lie in the workspace, of
 // GradWorkspace floats for gradients of so many columns and aligned to 16 bytes, and are added in
-// one order, so that the result does not depend on the run. `programmatic_dependent`: the kernel
-// launched just before may still run, and has let its dependents start when x and t were there.
+// one order, so that the result does not depend on the run.
 int64_t GradWorkspace(int64_t rows, int64_t rank, std::initializer_list<int64_t> columns);
 cudaError_t LaunchGrads(cudaStream_t stream, Element element, int64_t rows, int64_t rank,
-                        const Grad* grads, int count, float* workspace,
-                        bool programmatic_dependent);
+                        const Grad* grads, int count, float* workspace);
 
 }  // namespace jax_fused_lora
 

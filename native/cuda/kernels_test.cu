@@ -473,8 +473,7 @@ void RunCase(const Case& given, const Dtype& dtype, bool wide_a, bool wide_b, st
         const Grad grads[] = {
             {k, x.data(), of_rank, kShrinkScaling, to.element, transposed, result->data()},
             {n, g.data(), of_rank, kExpandScaling, dtype.element, true, other.data()}};
-        Wait(LaunchGrads(nullptr, dtype.element, m, r, grads, both ? 2 : 1, workspace.floats(),
-                         false),
+        Wait(LaunchGrads(nullptr, dtype.element, m, r, grads, both ? 2 : 1, workspace.floats()),
              name, tally);
       }
       tally->Compare(out, to, transposed ? Transposed(gradient) : gradient, name);
@@ -634,8 +633,7 @@ void TimeWork(const char* name, Work work, const Dtype& dtype, const Sizes& size
             {k, set.x->data(), set.t->floats(), 1, dtype.element, false, set.gradient->data()},
             {k, both ? set.g->data() : nullptr, set.t->floats(), 1, dtype.element, true,
              both ? set.other->data() : nullptr}};
-        return LaunchGrads(stream, dtype.element, m, r, grads, both ? 2 : 1, workspace.floats(),
-                           false);
+        return LaunchGrads(stream, dtype.element, m, r, grads, both ? 2 : 1, workspace.floats());
       }
     }
     return cudaErrorInvalidValue;
