@@ -23,7 +23,7 @@ compile() {  # object, source, flags
   [[ $object -nt $source && $object -nt native/cuda/gemm_sm90.h &&
     $object -nt native/cuda/shrink_beside.h && $object -nt native/cuda/few_sm90.h &&
     $object -nt native/cuda/sweep_beside.h && $object -nt native/cuda/beside.cuh &&
-    $object -nt native/cuda/device.cuh ]] && return
+    $object -nt native/cuda/store_sm90.cuh && $object -nt native/cuda/device.cuh ]] && return
   "$nvcc" "${flags[@]}" "$@" -c "$source" -o "$object.new" && mv "$object.new" "$object"
 }
 
