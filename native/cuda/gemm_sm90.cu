@@ -375,9 +375,9 @@ struct Tile<1> {
 };
 
 // Where a block has more than one tile, the warpgroups take turns; where each has one, both
-// multiply it, and each stores half (in JAX, an H200, µs, in turns and so: 512 rows of
-// 4096→4096 29.5 to 30.7 and 29.2, of 1024→1024 11.1 and 10.6; but three tiles a block, 1100 rows
-// of 4096→4096, 75 and 77).
+// multiply it, and each stores half (in JAX, an H200, µs, in turns and so: 512 rows of 1024→1024
+// 11.1 and 10.6, 2048 rows 15.1 and 14.5, of 4096→4096 as long to what runs differ by; but three
+// tiles a block, 1100 rows of 4096→4096, 75 and 77).
 template <>
 struct Tile<2> {
   using Shape = cute::Shape<cute::_128, cute::_128, cute::_64>;

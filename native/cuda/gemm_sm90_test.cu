@@ -278,6 +278,7 @@ void TestShrink(int64_t m, int64_t k, int64_t n, int64_t r, cudaStream_t stream)
     for (int tile = 0; tile < kGemmTiles; ++tile) {
       for (bool along_n : {false, true}) plans.push_back({tile, 1, along_n});
     }
+    plans.push_back({1, 4, true});  // of a large W
     for (const GemmPlan& plan : plans) {
       if (!GemmSm90Shrinks(gemm, shrink, plan, multiprocessors)) continue;
       ways.push_back({"h beside, " + Describe(plan), [&, plan](const Gemm& gemm) {

@@ -47,8 +47,8 @@ struct LastTile {
 
 // An epilogue, as CUTLASS calls it, in which no warp waits for another one: each rounds its 16 rows
 // of the 64 of a matrix instruction and has the copy engine store them, 64 columns at a time.
-// (Where the warps stored them themselves, out of the same memory, 2048 rows of 4096→4096 took
-// 104.2 µs in JAX and not 103.0, 512 rows 30.7 and not 29.6.)
+// (Where the warps stored them themselves, out of the same memory, layers in JAX took as long, to
+// what runs differ by.)
 template <class TileShape, class Element_>
 class WarpwiseStore {
  public:
