@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(Beside::kThreads, 1)
   const bool fetches = threadIdx.x < 128;
   const int thread = threadIdx.x - 128;  // of those that multiply
 
-  if (threadIdx.x / 32 == 1) ClearDone(p.done, p.tiles);
+  if (threadIdx.x / 32 == 1) StartProduct(p.done, p.tiles);
 
   typename Pipeline::Params pipeline_params;
   pipeline_params.role =
@@ -114,6 +114,7 @@ __global__ void __launch_bounds__(Beside::kThreads, 1)
     mainloop.mma_tail(pipeline, state, k_tiles);
     state.advance(k_tiles);
     StoreTile(p, tile, thread, sums);
+    if (p.done == nullptr) continue;
     asm volatile("fence.proxy.async;" ::: "memory");  // TMA reads h16
     cutlass::arch::NamedBarrier::sync(Beside::kMultiply, 0);
     if (thread == 0 && tile < p.tiles) SetDone(p.done + tile);

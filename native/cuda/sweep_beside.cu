@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) char memory[];
   auto& s = *reinterpret_cast<Storage<kSteps>*>(memory);
   const int group = threadIdx.x / kGroup, block = blockIdx.x;
-  if (threadIdx.x / 32 == 1) ClearDone(p.done, p.tiles);
+  if (threadIdx.x / 32 == 1) StartProduct(p.done, p.tiles);
   if (threadIdx.x == 0) {
     for (Full& barrier : s.g_full) barrier.init(1);
     s.b_full.init(1);
