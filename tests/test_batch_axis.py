@@ -109,6 +109,16 @@ def floats(native, call, axes, sizes, form, slices, grads):
     return factors + slices * product
 
 
+def nans(like):
+    """jnp.full, without compiling a program for every shape.
+
+    Memory of numpy's that is aligned JAX takes as it is, and cannot give to a result; this is not.
+    """
+    return jnp.asarray(
+        np.full(math.prod(like.shape) + 1, np.nan, like.dtype)[1:].reshape(like.shape)
+    )
+
+
 def make(native, call, operands, axes, sizes, *, form, slices=1, grads="xab", in_place=False,
          workspace=None, batch=None):  # fmt: skip
     """Calls a target into NaN; the results by name."""
@@ -137,7 +147,7 @@ def make(native, call, operands, axes, sizes, *, form, slices=1, grads="xab", in
         lambda poison, operands: foreign(*operands, **attributes),
         donate_argnums=0, keep_unused=True,
     )  # fmt: skip
-    poison = [jnp.full(each.shape, jnp.nan, each.dtype) for each in types]
+    poison = [nans(each) for each in types]
     addresses = {each.unsafe_buffer_pointer() for each in poison if each.size}
     results = jax.block_until_ready(run(poison, [operands[name] for name in order]))
     assert {each.unsafe_buffer_pointer() for each in results if each.size} <= addresses
