@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_fused_lora.nnx as fused
-from jax_fused_lora import implementations, lora_forward, lora_linear
+from jax_fused_lora import implementations, lora_forward, lora_linear, partitioning
 
 SCALING = 0.75
 M, K, N, R = 16, 32, 48, 4
@@ -194,12 +194,13 @@ def test_adapters_of_a_sharded_batch(implementation, auto):
 # ---- Programs.
 
 
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
 @pytest.mark.parametrize("linear", [True, False], ids=["linear", "forward"])
 @pytest.mark.parametrize("name", SHARDINGS)
-def test_nothing_is_gathered_and_no_more_summed_than_in_plain_jax(name, linear, mesh):
+def test_nothing_is_gathered_and_no_more_summed_than_in_plain_jax(name, linear, dtype, mesh):
     specs, expected = SHARDINGS[name]
     out = spec_of_result(specs, mesh)
-    operands = put(make(linear), specs, mesh)
+    operands = put(make(linear, dtype), specs, mesh)
     if not linear and name == "column":
         expected = (0, 1)
     frozen = {n: operands.pop(n) for n in ("kernel", "bias") if n in operands}
@@ -213,7 +214,7 @@ def test_nothing_is_gathered_and_no_more_summed_than_in_plain_jax(name, linear, 
 
         texts = [
             jax.jit(forward).lower(operands, frozen).compile().as_text(),
-            jax.jit(lambda t, f, loss=loss: jax.vjp(lambda t: loss(t, f), t)[1](jnp.ones(N)))
+            jax.jit(lambda t, f, loss=loss: jax.vjp(lambda t: loss(t, f), t)[1](jnp.ones(N, dtype)))
             .lower(operands, frozen).compile().as_text(),
         ]  # fmt: skip
         for text, count in zip(texts, expected, strict=True):
@@ -222,6 +223,18 @@ def test_nothing_is_gathered_and_no_more_summed_than_in_plain_jax(name, linear, 
         if implementation == NATIVE:
             assert calls(texts[0], "lora_forward") == 1
             assert calls(texts[1], "lora_backward") == 1
+
+
+@pytest.mark.parametrize("linear", [True, False], ids=["linear", "forward"])
+def test_a_large_y_is_summed_in_its_own_dtype(linear, mesh, monkeypatch):
+    """Twice the bytes would take longer than h's own all-reduce."""
+    monkeypatch.setattr(partitioning, "_TOGETHER", M // 4 * N * 2 - 1)  # of a device's y
+    specs = SHARDINGS["data+row"][0]
+    given, g = make(linear, "float16"), cotangent(dtype="float16")
+    operands, how = put(given, specs, mesh), {"out_sharding": spec_of_result(specs, mesh)}
+    check_all(with_gradients(operands, g, **how), oracle.truth(given, g, SCALING), "float16")
+    both = jax.jit(lambda o: jax.vjp(lambda o: op(o, **how), o)).lower(operands).compile().as_text()
+    assert {result[:3] for result, _ in collectives(both)} == {"f16", "f32"}
 
 
 @pytest.mark.parametrize("spec", [P("data"), P(None, "data")], ids=["in", "out"])
