@@ -10,8 +10,8 @@
 namespace jax_fused_lora {
 
 // One warp's part, at a kernel's start: `done`, unless it is null, is cleared, and the product may
-// start. It reads `done` without waiting for this kernel, so what is cleared has to have reached the
-// L2 cache before.
+// start. It reads `done` without waiting for this kernel, so what is cleared has to have reached
+// the L2 cache before.
 __device__ inline void StartProduct(unsigned* done, int tiles) {
   if (done != nullptr) {
     for (int i = blockIdx.x + threadIdx.x % 32 * gridDim.x; i < tiles; i += 32 * gridDim.x) {

@@ -33,6 +33,10 @@
 // began 1000 cycles late, flags set or not.) Nobody waits for ever: a product starts when all
 // blocks of the kernel before run already, and those wait for nobody.
 //
+// A product of one round has no flags: every block needs h16 when nearly all of it is there, so its
+// fetching thread waits for that kernel's end, which in turn has nothing to clear before the
+// product may start (in JAX, an H200, 512 rows of 1024→1024 10.67 → 10.15 µs).
+//
 // In a backward pass that kernel may have the gradient of B, too (sweep_beside.cu).
 //
 // Tried before: every block multiplies a share of k by A beside W, and a warp adds the shares of
@@ -703,8 +707,6 @@ cudaError_t GemmSm90(const Gemm& gemm, const GemmShrink& shrink, const GemmPlan&
   cudaError_t error = ThisDevice(&device, &multiprocessors);
   if (error != cudaSuccess) return error;
   if (!GemmSm90Shrinks(gemm, shrink, plan, multiprocessors)) return cudaErrorInvalidValue;
-  // In one round every block needs h16 of some rows at about the time when all of it is there, so
-  // each waits for that kernel's end, and the product starts without flags that are clear.
   const bool one_round = RoundsOf(gemm, plan, multiprocessors).rounds == 1;
   auto* const done = one_round ? nullptr : reinterpret_cast<unsigned*>(shrink.scratch);
   error = LaunchShrinkBeside(gemm, shrink, done, BesideBlocks(gemm, plan, multiprocessors), stream);
