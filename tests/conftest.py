@@ -55,6 +55,17 @@ def _with_seeds(names):
     ]
 
 
+def pytest_collection_modifyitems(items):
+    """Where kernels are not what is tested, an emulated GPU has one order of its threads."""
+
+    def another_order(item):
+        params = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        return any(isinstance(p, tuple) and p[:1] == ("metal",) and p[1] > 1 for p in params)
+
+    kernels = ("test_ops", "test_batch_axis")
+    items[:] = [item for item in items if item.path.stem in kernels or not another_order(item)]
+
+
 def _use(param):
     name, seed = param
     if seed:
