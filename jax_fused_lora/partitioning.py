@@ -8,7 +8,8 @@ themselves, on slices:
 * rows (data parallel) and batch axes: nothing is summed but dA and dB, over the axes of the rows;
 * out_features (column parallel): dx and dA are summed;
 * in_features (row parallel): the expand is linear, so each device runs the whole fused call on its
-  slice; y and h are summed once, together (see `_TOGETHER`), and one device adds the bias;
+  slice; y and h are summed once, together unless `_TOGETHER` says otherwise, and one device adds
+  the bias;
 * the rank is never split: A and B are gathered.
 
 A mesh axis that more than one of these want goes to the rows first, then to out_features and
@@ -27,9 +28,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_fused_lora import batch
 
-# Bytes of a 16-bit y up to which it is summed in float32, as h is: XLA sums each type by itself.
-# Two H200s, bfloat16, rank 16, microseconds of a layer that sums both and does nothing else,
-# together and apart: y of 128 KiB 30 and 46, 512 KiB 45 and 49, 1 MiB 59 and 45, 8 MiB 129 and 88.
+# Bytes of a 16-bit y, or dA, up to which it is summed in float32 where h, or dB, is: XLA sums each
+# type by itself. Two H200s, bfloat16, rank 16, microseconds of a layer that sums y and h and does
+# nothing else, together and apart: y of 128 KiB 30 and 46, 512 KiB 45 and 49, 1 MiB 59 and 45, 8
+# MiB 129 and 88.
 _TOGETHER = 512 << 10
 
 Axes = tuple[str, ...]  # of a mesh
@@ -191,10 +193,7 @@ def _forward_part(
     *others, bias = operands if len(operands) == len(FORWARD.operands) else (*operands, None)
     if bias is not None:
         others.append(jnp.where(jax.lax.axis_index(over) == 0, bias, jnp.zeros_like(bias)))
-    y, h = call(*others)
-    wide = h.dtype if y.size * y.dtype.itemsize <= _TOGETHER else y.dtype
-    total, h = jax.lax.psum((y.astype(wide), h), over)
-    return total.astype(y.dtype), h
+    return _sum(call(*others), over)
 
 
 def _backward_part(
@@ -207,10 +206,19 @@ def _backward_part(
     rows = tuple(axis for factor in sorted(axes) if factor[0] == "m" for axis in axes[factor])
     # dA in both, so that each is one all-reduce, as in plain jax.numpy.
     for over, summed in ((axes.get("n"), "xa"), (rows, "ab")):
-        some = {name: results[name] for name in summed if name in results}
+        some = [name for name in summed if name in results]
         if over and some:
-            results |= jax.lax.psum(some, over)
+            totals = _sum([results[name] for name in some], over)
+            results |= zip(some, totals, strict=True)
     return tuple(results[name] for name in names)
+
+
+def _sum(parts: Sequence[jax.Array], over: Axes) -> tuple[jax.Array, ...]:
+    """Of each part over those mesh axes, small ones of a narrow type as the widest are summed."""
+    widest = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
+    wide = [part.astype(widest) if part.nbytes <= _TOGETHER else part for part in parts]
+    totals = jax.lax.psum(wide, over)
+    return tuple(total.astype(part.dtype) for total, part in zip(totals, parts, strict=True))
 
 
 FORWARD = Call(

@@ -225,6 +225,22 @@ def test_nothing_is_gathered_and_no_more_summed_than_in_plain_jax(name, linear, 
             assert calls(texts[1], "lora_backward") == 1
 
 
+@pytest.mark.parametrize("name", SHARDINGS)
+def test_a_traced_scaling_needs_no_other_sums(name, auto):
+    """With it dB is float32 where dA is not."""
+    specs, (_, expected) = SHARDINGS[name]
+    operands = put(make(dtype="float16"), specs, auto)
+    frozen = {n: operands.pop(n) for n in ("kernel", "bias")}
+
+    @jax.jit
+    def run(trained, scaling):
+        loss = lambda trained: (op({**trained, **frozen}, scaling=scaling) ** 2).mean(0)  # noqa: E731
+        return jax.vjp(loss, trained)[1](jnp.ones(N, "float16"))
+
+    text = run.lower(operands, jnp.float32(SCALING)).compile().as_text()
+    assert [kind for _, kind in collectives(text)] == ["all-reduce"] * expected
+
+
 @pytest.mark.parametrize("linear", [True, False], ids=["linear", "forward"])
 def test_a_large_y_is_summed_in_its_own_dtype(linear, mesh, monkeypatch):
     """Twice the bytes would take longer than h's own all-reduce."""
