@@ -28,10 +28,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_fused_lora import batch
 
-# Bytes of a 16-bit y, or dA, up to which it is summed in float32 where h, or dB, is: XLA sums each
-# type by itself. Two H200s, bfloat16, rank 16, microseconds of a layer that sums y and h and does
-# nothing else, together and apart: y of 128 KiB 30 and 46, 512 KiB 45 and 49, 1 MiB 59 and 45, 8
-# MiB 129 and 88.
+# Bytes in 16 bits up to which a sum over devices is float32: XLA sums each type by itself, and h
+# and the gradient of a trained W are float32 then. Two H200s, bfloat16, rank 16, microseconds of a
+# layer that sums y and h and does nothing else, together and apart: y of 128 KiB 30 and 46, 512 KiB
+# 45 and 49, 1 MiB 59 and 45, 8 MiB 129 and 88.
 _TOGETHER = 512 << 10
 
 Axes = tuple[str, ...]  # of a mesh
@@ -214,10 +214,12 @@ def _backward_part(
 
 
 def _sum(parts: Sequence[jax.Array], over: Axes) -> tuple[jax.Array, ...]:
-    """Of each part over those mesh axes, small ones of a narrow type as the widest are summed."""
-    widest = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
-    wide = [part.astype(widest) if part.nbytes <= _TOGETHER else part for part in parts]
-    totals = jax.lax.psum(wide, over)
+    """Of each part over those mesh axes, in float32 where those of 16 bits are small."""
+    if sum(part.nbytes for part in parts if part.dtype.itemsize == 2) <= _TOGETHER:
+        wide = [part.astype(jnp.promote_types(part.dtype, jnp.float32)) for part in parts]
+    else:
+        wide = list(parts)
+    totals = jax.lax.psum(tuple(wide), over)
     return tuple(total.astype(part.dtype) for total, part in zip(totals, parts, strict=True))
 
 

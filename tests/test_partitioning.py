@@ -225,19 +225,22 @@ def test_nothing_is_gathered_and_no_more_summed_than_in_plain_jax(name, linear, 
             assert calls(texts[1], "lora_backward") == 1
 
 
+@pytest.mark.parametrize("traced", [True, False], ids=["traced scaling", "scaling"])
+@pytest.mark.parametrize("frozen", [("kernel", "bias"), ()], ids=["frozen", "trained"])
 @pytest.mark.parametrize("name", SHARDINGS)
-def test_a_traced_scaling_needs_no_other_sums(name, auto):
-    """With it dB is float32 where dA is not."""
+def test_gradients_of_two_types_need_no_more_sums(name, frozen, traced, auto):
+    """dW is summed in float32, and dB is float32 under a traced scaling, where x has 16 bits."""
     specs, (_, expected) = SHARDINGS[name]
     operands = put(make(dtype="float16"), specs, auto)
-    frozen = {n: operands.pop(n) for n in ("kernel", "bias")}
+    rest = {n: operands.pop(n) for n in frozen}
 
     @jax.jit
-    def run(trained, scaling):
-        loss = lambda trained: (op({**trained, **frozen}, scaling=scaling) ** 2).mean(0)  # noqa: E731
+    def run(trained, rest, scaling):
+        scaling = scaling if traced else SCALING
+        loss = lambda trained: (op({**trained, **rest}, scaling=scaling) ** 2).mean(0)  # noqa: E731
         return jax.vjp(loss, trained)[1](jnp.ones(N, "float16"))
 
-    text = run.lower(operands, jnp.float32(SCALING)).compile().as_text()
+    text = run.lower(operands, rest, jnp.float32(SCALING)).compile().as_text()
     assert [kind for _, kind in collectives(text)] == ["all-reduce"] * expected
 
 
