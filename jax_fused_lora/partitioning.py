@@ -8,8 +8,7 @@ themselves, on slices:
 * rows (data parallel) and batch axes: nothing is summed but dA and dB, over the axes of the rows;
 * out_features (column parallel): dx and dA are summed;
 * in_features (row parallel): the expand is linear, so each device runs the whole fused call on its
-  slice; y and h are summed once, together unless `_TOGETHER` says otherwise, and one device adds
-  the bias;
+  slice; y and h are summed once, together, and one device adds the bias;
 * the rank is never split: A and B are gathered.
 
 A mesh axis that more than one of these want goes to the rows first, then to out_features and
@@ -28,11 +27,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_fused_lora import batch
 
-# Bytes in 16 bits up to which a sum over devices is float32: XLA sums each type by itself, and h
-# and the gradient of a trained W are float32 then. Two H200s, bfloat16, rank 16, microseconds of a
-# layer that sums y and h and does nothing else, together and apart: y of 128 KiB 30 and 46, 512 KiB
-# 45 and 49, 1 MiB 59 and 45, 8 MiB 129 and 88.
-_TOGETHER = 512 << 10
+# Bytes of a device's y or dx in 16 bits up to which it is summed in float32. Two H200s, bfloat16,
+# rank 16, microseconds of a layer that sums y and h and does nothing else, in float32, in 16 bits,
+# and each in its own type, in two all-reduces: y of 128 KiB 30, 29, 46; 512 KiB 40, 36, 50; 1 MiB
+# 55, 41, 54; 2 MiB 62, 57, 53; 8 MiB 127, 92, 82; 64 MiB 593, 347, 350.
+_WIDE = 512 << 10
 
 Axes = tuple[str, ...]  # of a mesh
 Factors = tuple[str, ...]  # what the axes of an operand or result stand for
@@ -193,7 +192,8 @@ def _forward_part(
     *others, bias = operands if len(operands) == len(FORWARD.operands) else (*operands, None)
     if bias is not None:
         others.append(jnp.where(jax.lax.axis_index(over) == 0, bias, jnp.zeros_like(bias)))
-    return _sum(call(*others), over)
+    y, h = call(*others)
+    return _sum((y, h), over, _sum_dtype(y))
 
 
 def _backward_part(
@@ -204,23 +204,26 @@ def _backward_part(
 ) -> tuple[jax.Array, ...]:
     results = dict(zip(names, call(*operands), strict=True))
     rows = tuple(axis for factor in sorted(axes) if factor[0] == "m" for axis in axes[factor])
-    # dA in both, so that each is one all-reduce, as in plain jax.numpy.
-    for over, summed in ((axes.get("n"), "xa"), (rows, "ab")):
+    # dA in both, so that each is one all-reduce, as in plain jax.numpy. That over the rows has the
+    # type that XLA sums the gradient of a trained W in, so that this can join.
+    columns = _sum_dtype(results["x"]) if "x" in results else jnp.float32
+    for over, summed, dtype in ((axes.get("n"), "xa", columns), (rows, "ab", jnp.float32)):
         some = [name for name in summed if name in results]
         if over and some:
-            totals = _sum([results[name] for name in some], over)
+            totals = _sum([results[name] for name in some], over, dtype)
             results |= zip(some, totals, strict=True)
     return tuple(results[name] for name in names)
 
 
-def _sum(parts: Sequence[jax.Array], over: Axes) -> tuple[jax.Array, ...]:
-    """Of each part over those mesh axes, in float32 where those of 16 bits are small."""
-    if sum(part.nbytes for part in parts if part.dtype.itemsize == 2) <= _TOGETHER:
-        wide = [part.astype(jnp.promote_types(part.dtype, jnp.float32)) for part in parts]
-    else:
-        wide = list(parts)
-    totals = jax.lax.psum(tuple(wide), over)
+def _sum(parts: Sequence[jax.Array], over: Axes, dtype: Any) -> tuple[jax.Array, ...]:
+    """Of each part over those mesh axes, all in one type, since XLA sums each type by itself."""
+    totals = jax.lax.psum(tuple(part.astype(dtype) for part in parts), over)
     return tuple(total.astype(part.dtype) for total, part in zip(totals, parts, strict=True))
+
+
+def _sum_dtype(largest: jax.Array) -> Any:
+    """Of a sum of y and h, or dx and dA, by what takes its time."""
+    return jnp.float32 if largest.nbytes <= _WIDE else largest.dtype
 
 
 FORWARD = Call(

@@ -245,15 +245,26 @@ def test_gradients_of_two_types_need_no_more_sums(name, frozen, traced, auto):
 
 
 @pytest.mark.parametrize("linear", [True, False], ids=["linear", "forward"])
-def test_a_large_y_is_summed_in_its_own_dtype(linear, mesh, monkeypatch):
-    """Twice the bytes would take longer than h's own all-reduce."""
-    monkeypatch.setattr(partitioning, "_TOGETHER", M // 4 * N * 2 - 1)  # of a device's y
-    specs = SHARDINGS["data+row"][0]
+@pytest.mark.parametrize("name", ["data+column", "data+row"])
+def test_a_large_y_or_dx_is_summed_in_its_own_dtype(name, linear, mesh, monkeypatch):
+    """Twice the bytes would take longer, and h or dA in another type be an all-reduce more."""
+    monkeypatch.setattr(partitioning, "_WIDE", 0)
+    specs, (_, expected) = SHARDINGS[name]
     given, g = make(linear, "float16"), cotangent(dtype="float16")
     operands, how = put(given, specs, mesh), {"out_sharding": spec_of_result(specs, mesh)}
     check_all(with_gradients(operands, g, **how), oracle.truth(given, g, SCALING), "float16")
-    both = jax.jit(lambda o: jax.vjp(lambda o: op(o, **how), o)).lower(operands).compile().as_text()
-    assert {result[:3] for result, _ in collectives(both)} == {"f16", "f32"}
+
+    @jax.jit
+    def run(adapters, frozen, g):
+        y, vjp = jax.vjp(lambda a: op({**a, **frozen}, **how), adapters)
+        return y, vjp(g)
+
+    adapters = {name: operands.pop(name) for name in ("x", "lora_a", "lora_b")}
+    g = jax.device_put(g, jax.jit(lambda o: op(o, **how))({**adapters, **operands}).sharding)
+    text = run.lower(adapters, operands, g).compile().as_text()
+    assert [kind for _, kind in collectives(text)] == ["all-reduce"] * expected
+    types = [set(re.findall(r"([a-z]+\d+)\[", result)) for result, _ in collectives(text)]
+    assert sorted(types, key=min) == [{"f16"}, {"f32"}]  # y and h or dx and dA; dA and dB
 
 
 @pytest.mark.parametrize("spec", [P("data"), P(None, "data")], ids=["in", "out"])
