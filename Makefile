@@ -45,8 +45,9 @@ $(VENV)/test: $(VENV)/demo $(VENV)/emulator tests/requirements.txt
 demo: $(VENV)/demo
 	$(BIN)/python examples/finetune_minilm.py
 
+# PYTEST: more arguments, for example PYTEST='-k nnx'.
 test: $(VENV)/test
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests $(PYTEST)
 
 bench: $(VENV)/package
 	$(BIN)/python -m jax_fused_lora bench
