@@ -2,8 +2,9 @@
 # Usage: tests/sanitize.sh PYTHON     (Linux; GCC, or what CXX names)
 #
 # The C++ tests and a part of the tests in Python under AddressSanitizer and UBSan, of the CPU's
-# calls and of the Metal backend's host, emulated; the hand-out of blocks to threads under
-# ThreadSanitizer. Fails where a test fails or a sanitizer reports.
+# calls, with the instruction sets that this CPU has, and of the Metal backend's host, emulated; the
+# hand-out of blocks to threads under ThreadSanitizer. Fails where a test fails or a sanitizer
+# reports.
 # PYTHON has the package's and the tests' requirements; what is installed in it stays as it is.
 set -euo pipefail
 
