@@ -27,8 +27,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_fused_lora import batch
 
-# Bytes of a device's y or dx in 16 bits up to which it is summed in float32. Two H200s, bfloat16,
-# rank 16, microseconds of a layer that sums y and h and does nothing else, in float32, in 16 bits,
+# Bytes of a device's y or dx in bfloat16 up to which it is summed in float32. Two H200s, bfloat16,
+# rank 16, microseconds of a layer that sums y and h and does nothing else, in float32, in bfloat16,
 # and each in its own type, in two all-reduces: y of 128 KiB 30, 29, 46; 512 KiB 40, 36, 50; 1 MiB
 # 55, 41, 54; 2 MiB 62, 57, 53; 8 MiB 127, 92, 82; 64 MiB 593, 347, 350.
 _WIDE = 512 << 10
@@ -222,8 +222,12 @@ def _sum(parts: Sequence[jax.Array], over: Axes, dtype: Any) -> tuple[jax.Array,
 
 
 def _sum_dtype(largest: jax.Array) -> Any:
-    """Of a sum of y and h, or dx and dA, by what takes its time."""
-    return jnp.float32 if largest.nbytes <= _WIDE else largest.dtype
+    """Of a sum of y and h, or dx and dA, by what takes its time.
+
+    float16 lacks float32's range, which a part of y, or h, may need.
+    """
+    own = largest.dtype == jnp.bfloat16 and largest.nbytes > _WIDE
+    return jnp.bfloat16 if own else jnp.float32
 
 
 FORWARD = Call(
