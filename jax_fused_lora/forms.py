@@ -144,15 +144,14 @@ _CUDA_FEW_ROWS, _CUDA_FEW_WORK = 16, 1 << 20
 # Few rows and the backward pass, here and by the definition: 16 rows of 4096→4096 0.87 and 1.09, of
 # 1024→1024 0.91 to 1.14 and 1.37, one row of these 0.97 to 1.00 and 1.11, 1.10 to 1.25 and 1.08.
 _CUDA_SOME_ROWS, _CUDA_FEW_RANK, _CUDA_SOME_WORK = 128, 64, 1 << 18
-# More of them, up to 32 ranks and 4096 wide: 160 to 256 rows of 4096→4096 1.00 to 0.91 and 0.98 to
-# 0.91 (rank 32: 1.00 to 0.95, 1.03 to 0.99), of 2048→2048 0.72 to 0.63 and 0.86 to 0.75, of
-# 1024→1024 0.72 to 0.59 and 0.85 to 0.78. But 11008→4096: 1.07 to 0.98 and 1.04.
-_CUDA_MORE_ROWS, _CUDA_MORE_RANK, _CUDA_MORE_WIDTH = 256, 32, 4096
+# More of them, up to 4096 wide, of an H200: 192 rows of 1024→1024 0.56 and 0.59, 256 rows of
+# 4096→4096 0.76 and 0.83; rank 64: 256 rows of 1024→1024 0.61 and 0.75, of 2048→2048 0.72 and 0.80,
+# of 4096→4096 0.90 and 0.91. But 11008→4096, of an H100: 1.07 to 0.98 and 1.04.
+_CUDA_MORE_ROWS, _CUDA_MORE_WIDTH = 256, 4096
 # Rows from which the product below has them too, of more ranks, in layers from 2048 wide on, by
 # name, and the definition: 192 rows of 4096→4096, rank 128, 0.92 and 1.11 (1.08 and 1.23), 256 rows
-# of rank 64 0.83 and 1.00 (1.15 and 1.16), of rank 256 0.58 and 0.86 (1.10 and 1.44), of
-# 2048→2048, rank 64, 1.10 and 1.28 (1.36 and 1.32), 128 rows of 4096→11008, rank 128, 0.93 and 1.08
-# (1.07 and 1.17). Narrower: 256 rows of 1024→1024, rank 64, 1.28 and 1.50 (1.06 and 1.34).
+# of rank 256 0.58 and 0.86 (1.10 and 1.44), 128 rows of 4096→11008, rank 128, 0.93 and 1.08 (1.07
+# and 1.17).
 _CUDA_HIGH_RANK_ROWS, _CUDA_HIGH_RANK_WIDTH = 128, 2048
 # Multiplications of a gradient of A and one of B from which XLA's products are faster than our
 # kernel, which multiplies t's halves by mma.sync: up to 128 ranks, and of more. In float16 XLA
@@ -276,18 +275,17 @@ def _cuda_form(problem: Problem, product: bool, wins: bool, named: bool) -> str:
 
 
 def _some_rows(problem: Problem) -> bool:
-    """Whether one kernel does all of the layer and is faster."""
+    """Whether few rows are faster, in one kernel or as a product of few tiles."""
     rows, rank, work = problem.rows, problem.rank, problem.k * problem.n
-    some = rows <= _CUDA_SOME_ROWS and rank <= _CUDA_FEW_RANK
     narrow = max(problem.k, problem.n) <= _CUDA_MORE_WIDTH
-    more = rows <= _CUDA_MORE_ROWS and rank <= _CUDA_MORE_RANK and narrow
-    return (some or more) and rank % 8 == 0 and work >= _CUDA_SOME_WORK
+    few = rows <= (_CUDA_MORE_ROWS if narrow else _CUDA_SOME_ROWS)
+    return few and rank <= _CUDA_FEW_RANK and rank % 8 == 0 and work >= _CUDA_SOME_WORK
 
 
 def _high_rank(problem: Problem) -> bool:
     """Whether the product with the rank inside it is faster though its tiles are few."""
     rows, rank = problem.rows, problem.rank
-    high = rank > _CUDA_MORE_RANK and rank % 8 == 0
+    high = rank > _CUDA_FEW_RANK and rank % 8 == 0
     wide = min(problem.k, problem.n) >= _CUDA_HIGH_RANK_WIDTH
     return high and wide and _CUDA_HIGH_RANK_ROWS <= rows <= _CUDA_MORE_ROWS
 
@@ -338,32 +336,30 @@ def _many_alone(problem: Problem) -> bool:
 def _many_rows(problem: Problem, columns: int) -> bool:
     """Whether the product (rows, columns) with the rank inside it is faster than the definition.
 
-    It goes in rounds, one tile of 128×128 or two for each of an H100's multiprocessors, tiles in
-    pairs of rows. One round is fast, however full: 288 rows of 4096→4096 1.07 and 1.09, 320 rows
-    0.99 and 0.96, 384 rows 0.91 and 0.92, 512 rows 0.82 and 0.88, 640 rows of 2048→2048 0.87 and
-    0.93, 1100 rows of 1024→1024 0.75 and 0.73, 288 to 448 rows of 4096→1024 1.20 to 1.06 and 1.17
-    to 1.09. Of more, the last must not be too empty, or XLA's smaller tiles win: 640 rows of
-    4096→4096 take 1.25 and 1.27, but 768 rows 0.99 and 1.04, 1024 rows 0.81 and 0.93, 1280 rows
-    1.05 and 1.03, 8192 rows 0.81 and 0.86, 512 rows of 4096→11008 0.90 and 0.94, 1024 rows of
-    2048→2048 1.06 and 1.08, 1100 rows of 4096→1024 with the backward pass 0.81. Of 768→768 1024
-    rows take 0.75 and 0.96, 4096 rows 0.76 and 0.88 (the definition 1.35 and 1.38). Least is won in
-    narrow layers: 512 rows of 2048→256 1.09 and 1.24.
+    It goes in rounds, a tile for each of an H100's multiprocessors, of 128×128, two or half of
+    these, in pairs of rows. One round is fast, however full: of an H200, 320 rows of 4096→4096 0.96
+    and 0.98, 288 rows of 4096→1024 0.70 and 0.78, 512 rows of 1024→1024 0.52 and 0.55, of 2048→2048
+    0.68 and 0.82, of 4096→1024 0.69 and 0.78, of 2048→256 0.60 and 0.66, 1024 rows of 1024→1024
+    0.68 and 0.70, of 768→768 0.57 and 0.65. Of more, the last must not be too empty: 640 rows of
+    3072→3072 0.96 and 0.96, 384 rows of 5120→5120 1.03 and 1.12, of 4096→11008 1.04 and 1.07, 512
+    rows 0.88 and 0.88, 2048 rows of 1024→1024 0.75 and 0.86; of an H100, 640 rows of 4096→4096 1.25
+    and 1.27, but 768 rows 0.99 and 1.04, 1024 rows 0.81 and 0.93, 1280 rows 1.05 and 1.03, 8192
+    rows 0.81 and 0.86, 1024 rows of 2048→2048 1.06 and 1.08.
     """
     rows, wide = problem.rows, max(problem.k, problem.n) > _CUDA_MORE_WIDTH
     fewest = _CUDA_MANY_WIDE_ROWS if wide else _CUDA_MANY_ROWS
     if rows < fewest or problem.k * problem.n < _CUDA_SOME_WORK:
         return False
-    multiprocessors, tile = 132, 128
+    multiprocessors = 132
 
-    def tiles(width: int) -> int:
-        return 2 * -(-rows // (2 * tile)) * -(-columns // width)
+    def rounds(tile: tuple[int, int]) -> int:
+        pairs = -(-rows // (2 * tile[0])) * -(-columns // tile[1])
+        return -(-pairs // (multiprocessors // 2))
 
-    def rounds(width: int) -> int:
-        return -(-tiles(width) // multiprocessors)
-
-    lasts = min(1.1 * rounds(tile), 2 * rounds(2 * tile))  # as long as so many tiles
-    full = rows * columns / tile**2 >= 0.62 * lasts * multiprocessors
-    return full or rounds(tile) == 1
+    # Each as long as so many tiles of 128×128.
+    lasts = min(1.1 * rounds((128, 128)), 2 * rounds((128, 256)), 0.68 * rounds((64, 128)))
+    full = rows * columns / 128**2 >= 0.62 * lasts * multiprocessors
+    return full or rounds((128, 128)) == 1
 
 
 def _tma_takes(problem: Problem) -> bool:

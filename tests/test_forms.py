@@ -45,7 +45,9 @@ def test_cuda_takes_by_default_what_it_is_faster_at(rows, forward, backward):
 @pytest.mark.parametrize(
     ("problem", "forward", "backward"),
     [
+        (layer(192, k=1024, n=1024, rank=64), "kernel", "kernel"),
         (layer(384, k=2048, n=2048), "kernel", "kernel"),
+        (layer(640, k=3072, n=3072), "kernel", "kernel"),  # two of 64×128
         (layer(288, k=4096, n=1024), "kernel", "kernel"),
         (layer(640, k=2048, n=2048), "kernel", "kernel"),
         (layer(1100, k=4096, n=1024), "kernel", "kernel"),
@@ -68,7 +70,7 @@ def test_tiles_fill_most_of_their_rounds_or_are_one(problem, forward, backward):
         layer(1, rank=128),
         layer(64, n=56),
         layer(64, rank=72),
-        layer(192, k=1024, rank=40),
+        layer(192, k=1024, rank=72),
         layer(192, k=11008),
         layer(1024, n=56),
     ],

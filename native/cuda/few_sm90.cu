@@ -8,9 +8,8 @@
 //
 // TMA copies a box row after row, and 16 ranks of A are a row of 32 bytes, so that A took it as
 // many rows as W (an H200, 4096→4096, 16 rows of x: 1.4 of 12.8 µs; transposed, where 64 elements
-// of a rank follow each other, 0.3 of 11.9). So for 64 rows and 16 ranks A comes as it lies, in one
-// run, which wgmma can't read, but mma.sync can, beside the wgmma of x·W (0.5 less; but of 128 rows
-// it is slower: 19.8 for 14.4).
+// of a rank follow each other, 0.3 of 11.9). So for 64 rows A comes as it lies, in one run, and a
+// warp that has nothing else to do lays it as wgmma reads it.
 //
 // A block has 64 columns of y and 64 or 128 rows, or 128 of each. Where that leaves half of the
 // multiprocessors idle, or more, two or four blocks, a cluster, share the depth. Each adds the
@@ -38,10 +37,8 @@ using cute::_;
 using cute::Int;
 
 constexpr int kSwizzled = 64;  // columns of x, 128 bytes, that TMA lays as wgmma reads them
-// Rows and ranks of any number of columns; and of more rows, as many columns as leave a tile of
-// 128×128 two multiprocessors of an H100.
+// Rows of any number of columns; more rows, where their tiles are few.
 constexpr int64_t kMostRows = 128, kMostRanks = 64;
-constexpr int64_t kMoreRows = 256, kMoreRanks = 32, kMoreColumns = 33 * 128;
 constexpr int kMostShared = 227 * 1024;
 
 template <class Element, int tile_rows, int tile_columns, int tile_ranks, int tile_parts,
@@ -56,26 +53,31 @@ struct Few {
   using LayoutW = std::conditional_t<transposed, cutlass::layout::ColumnMajor, RowMajor>;
   static constexpr int kGroups = kRows / 64;  // warpgroups that multiply
   static constexpr bool kRun = !transposed && kRanks == 16 && kRows == 64;  // A as it lies
-  static constexpr int kMultiply = kGroups * 128, kThreads = kMultiply + 32;
+  static constexpr int kMultiply = kGroups * 128, kRunWarps = kRun ? 4 : 0;
+  static constexpr int kThreads = kMultiply + 32 + kRunWarps * 32;
   // A thread's sums, in fours, of which each block of a cluster ends with a share, or, where the
   // blocks are more, every other block with one; and the fours that the others send it.
   static constexpr int kOfY = kColumns / 8, kOfH = kRanks / 8;
   static constexpr int Share(int fours) { return std::max(1, fours / kParts); }
   static constexpr int kReceived = (kParts - 1) * (Share(kOfY) + Share(kOfH));
-  static constexpr int kStageBytes = (kRows + kColumns + kRanks) * kDepth * 2;
-  static constexpr int kOtherBytes = kRanks * kColumns * 2 + kReceived * 16 * kMultiply + 4 * 1024;
+  // A run has stages of its own, more of them: what lays it out would keep x and W waiting.
+  static constexpr int kRunStages = 2 * kRunWarps, kBytesOfA = kRanks * kDepth * 2;
+  static constexpr int kStageBytes = (kRows + kColumns) * kDepth * 2 + (kRun ? 0 : kBytesOfA);
+  static constexpr int kOtherBytes = kRanks * kColumns * 2 + kReceived * 16 * kMultiply + 4 * 1024 +
+                                     (kRun ? kRunStages * kBytesOfA : 0);
   static constexpr int kStages = std::min(12, (kMostShared - kOtherBytes) / kStageBytes);
+  static constexpr int kStagesOfA = kRun ? kRunStages : kStages;
 
   // CUTLASS calls the left operand (x) A and the right one, be it W, A or B, B.
-  template <int columns, int depth>
+  template <int columns, int depth, int stages = kStages>
   using Collective = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, RowMajor, 8, Element, LayoutW,
       8, float, cute::Shape<Int<kRows>, Int<columns>, Int<depth>>,
-      cute::Shape<cute::_1, cute::_1, cute::_1>, cutlass::gemm::collective::StageCount<kStages>,
+      cute::Shape<cute::_1, cute::_1, cute::_1>, cutlass::gemm::collective::StageCount<stages>,
       std::conditional_t<kGroups == 2, cutlass::gemm::KernelTmaWarpSpecializedCooperative,
                          cutlass::gemm::KernelTmaWarpSpecialized>>::CollectiveOp;
   using OfW = Collective<kColumns, kDepth>;
-  using OfA = Collective<kRanks, kDepth>;
+  using OfA = Collective<kRanks, kDepth, kStagesOfA>;
   using OfB = Collective<kColumns, kRanks>;  // its left operand comes from registers
   static constexpr auto kMajor = transposed ? cute::GMMA::Major::K : cute::GMMA::Major::MN;
   using MultiplyB = decltype(cute::make_tiled_mma(
@@ -87,11 +89,14 @@ struct Few {
   struct Storage {
     alignas(1024) Element x[kStages * kRows * kDepth];
     alignas(1024) Element w[kStages * kColumns * kDepth];
-    alignas(1024) Element a[kStages * kRanks * kDepth];
+    alignas(1024) Element a[kStagesOfA * kRanks * kDepth];
     alignas(1024) Element b[kRanks * kColumns];
     float4 exchange[kReceived][kMultiply];
     cutlass::arch::ClusterTransactionBarrier filled[kStages], b_filled, exchanged;
     cutlass::arch::ClusterBarrier read[kStages];
+    // Of a run.
+    cutlass::arch::ClusterTransactionBarrier a_filled[kStagesOfA];
+    cutlass::arch::ClusterBarrier a_laid[kStagesOfA], a_read[kStagesOfA];
   };
   static_assert(sizeof(Storage) <= kMostShared);
 
@@ -131,28 +136,55 @@ __device__ inline void WaitInCluster(uint32_t barrier) {
       : "memory");
 }
 
-// h (16, kRanks) += 16 rows of x from `row` on, of a tile that TMA has swizzled, times a tile of A
-// as it lies in memory. What lies behind `depth` is not A.
-template <class Few, class Number, class Element, int kBlocks>
-__device__ void MultiplyRun(float (&h)[kBlocks][4], const Element* x, int row, const Element* a,
-                            int rank, int depth) {
-  static_assert(kBlocks == 2, "two blocks of 8 ranks are read at once");
-  const int lane = threadIdx.x % 32;
-  const Element* const own_x = x + (row + lane % 16) * kSwizzled;
-  const Element* const own_a = a + lane % 16 * rank + lane / 16 * 8;
+// One warp's part: lays a tile of A, which has come as it lies in memory, as wgmma reads it. There
+// the 16 bytes of 8 ranks are somewhere else in their row, and a row has room for kRanks. What lies
+// behind `depth` is not A, and zero then.
+template <class Few, class Element>
+__device__ void LayRun(Element* tile, int rank, int depth) {
+  constexpr int kRow = Few::kRanks / 8, kEach = Few::kDepth * kRow / 32;  // of 8 ranks
+  const int lane = threadIdx.x % 32, row_of_run = rank / 8;
+  auto* const eights = reinterpret_cast<uint4*>(tile);
+  uint4 values[kEach];
   CUTLASS_PRAGMA_UNROLL
-  for (int k = 0; k < Few::kDepth; k += 16) {
-    uint32_t of_x[4], of_a[4];
-    const int chunk = k % kSwizzled / 8 + lane / 16;
-    LoadBlocks(of_x, own_x + k / kSwizzled * Few::kRows * kSwizzled + (chunk ^ lane % 8) * 8);
-    LoadBlocksTransposed(of_a, own_a + k * rank);
-    if (k >= depth) of_a[0] = of_a[2] = 0;
-    if (k + 8 >= depth) of_a[1] = of_a[3] = 0;
-    CUTLASS_PRAGMA_UNROLL
-    for (int block = 0; block < kBlocks; ++block) {
-      Multiply<Number>(h[block], of_x[0], of_x[1], of_x[2], of_x[3], of_a[block * 2],
-                       of_a[block * 2 + 1]);
+  for (int i = 0; i < kEach; ++i) {
+    const int to = i * 32 + lane, row = to / kRow, column = to % kRow;
+    const bool some = row < depth && column < row_of_run;
+    values[i] = some ? eights[row * row_of_run + column] : uint4{};
+  }
+  __syncwarp();
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < kEach; ++i) {
+    const int to = i * 32 + lane;
+    eights[to ^ (to >> 3 & (kRow - 1))] = values[i];
+  }
+}
+
+// One warp's part: its share of the tiles of A, of a run. Each warp has two stages.
+template <class Few>
+__device__ void FetchRun(typename Few::Storage& storage, const typename Few::Params& p, int warp,
+                         int first, int tiles) {
+  constexpr int kDepth = Few::kDepth, kStages = Few::kStagesOfA, kWarps = Few::kRunWarps;
+  const bool fetches = threadIdx.x % 32 == 0;
+  const auto tile_of = [&](int i) { return storage.a + i % kStages * Few::kRanks * kDepth; };
+  const auto fetch = [&](int i) {
+    const int k0 = (first + i) * kDepth, bytes = min(kDepth, p.in - k0) * p.rank * 2;
+    auto& barrier = storage.a_filled[i % kStages];
+    barrier.arrive_and_expect_tx(bytes);
+    cute::SM90_BULK_COPY_G2S::copy(p.run + int64_t{k0} * p.rank,
+                                   reinterpret_cast<uint64_t*>(&barrier), tile_of(i), bytes);
+  };
+  for (int i = warp; fetches && i < min(tiles, kStages); i += kWarps) fetch(i);
+  for (int i = warp; i < tiles; i += kWarps) {
+    if (fetches && i >= kWarps && i + kWarps < tiles) {
+      storage.a_read[(i - kWarps) % kStages].wait((i - kWarps) / kStages % 2);
+      fetch(i + kWarps);
     }
+    __syncwarp();
+    storage.a_filled[i % kStages].wait(i / kStages % 2);
+    LayRun<Few>(tile_of(i), p.rank, p.in - (first + i) * kDepth);
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads it
+    __syncwarp();
+    if (fetches) storage.a_laid[i % kStages].arrive();
   }
 }
 
@@ -167,7 +199,7 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
   using Number =
       std::conditional_t<std::is_same_v<Element, cutlass::half_t>, __half, __nv_bfloat16>;
   constexpr int kRows = Few::kRows, kColumns = Few::kColumns, kRanks = Few::kRanks;
-  constexpr int kStages = Few::kStages, kDepth = Few::kDepth;
+  constexpr int kStages = Few::kStages, kStagesOfA = Few::kStagesOfA, kDepth = Few::kDepth;
   extern __shared__ __align__(1024) char memory[];
   auto& storage = *reinterpret_cast<typename Few::Storage*>(memory);
   const int thread = threadIdx.x;
@@ -193,7 +225,12 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
     prefetch_tma_descriptor(p.b.get_tma_descriptor());
     for (int i = 0; i < kStages; ++i) {
       storage.filled[i].init(1);
-      storage.read[i].init(Few::kRun ? Few::kMultiply : Few::kMultiply / 32);
+      storage.read[i].init(Few::kMultiply / 32);
+    }
+    for (int i = 0; i < kStagesOfA; ++i) {
+      storage.a_filled[i].init(1);
+      storage.a_laid[i].init(1);
+      storage.a_read[i].init(Few::kMultiply / 32);
     }
     storage.b_filled.init(1);
     storage.exchanged.init(1);
@@ -235,7 +272,7 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
       const auto barrier_of = [](auto& barrier) -> uint64_t& {
         return *reinterpret_cast<uint64_t*>(&barrier);
       };
-      const int bytes = (p.rows_of_tile + kColumns) * kDepth * 2;
+      const int bytes = (p.rows_of_tile + kColumns) * kDepth * 2 + (Few::kRun ? 0 : Few::kBytesOfA);
       // Nobody reads W again, unless it meets more rows.
       const auto w_hint =
           gridDim.y == 1 ? TMA::CacheHintSm90::EVICT_FIRST : TMA::CacheHintSm90::EVICT_NORMAL;
@@ -243,8 +280,7 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
       for (int i = 0; i < tiles; ++i) {
         if (turn > 0) storage.read[stage].wait((turn - 1) % 2);
         const int k0 = (first + i) * kDepth;
-        const int of_a = Few::kRun ? min(kDepth, p.in - k0) * p.rank * 2 : kRanks * kDepth * 2;
-        storage.filled[stage].arrive_and_expect_tx(bytes + of_a);
+        storage.filled[stage].arrive_and_expect_tx(bytes);
         uint64_t& barrier = barrier_of(storage.filled[stage]);
         copy(p.w.with(barrier, 0, w_hint), from_w(_, _, _, first + i), to_w(_, _, _, stage));
         CUTLASS_PRAGMA_UNROLL
@@ -253,10 +289,7 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
                                  static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL),
                                  storage.x + stage * kRows * kDepth + kRows * k, k0 + k, first_row);
         }
-        if constexpr (Few::kRun) {
-          SM90_BULK_COPY_G2S::copy(p.run + int64_t{k0} * p.rank, &barrier,
-                                   storage.a + stage * kRanks * kDepth, of_a);
-        } else {
+        if constexpr (!Few::kRun) {
           copy(p.a.with(barrier, 0), from_a(_, _, _, first + i), to_a(_, _, _, stage));
         }
         if (i == 0) {
@@ -265,6 +298,10 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
         }
         if (++stage == kStages) stage = 0, ++turn;
       }
+    }
+    if constexpr (Few::kRun) {
+      const int warp = thread / 32 - Few::kMultiply / 32 - 1;
+      if (warp >= 0) FetchRun<Few>(storage, p, warp, first, tiles);
     }
     __syncwarp();
     if (shared) cute::cluster_wait();
@@ -293,41 +330,30 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
   Tensor h = partition_fragment_C(multiply_a, Shape<Int<kRows>, Int<kRanks>>{});
   clear(y);
   clear(h);
-  float h_of_run[kRanks / 8][4] = {};
   const int lane = thread % 32, in_tile = thread / 32 * 16;  // the first of the warp's rows
   const bool some_rows = in_tile < p.rows_of_tile;
   int stage = 0, turn = 0;
   CUTLASS_PRAGMA_NO_UNROLL
   for (int i = 0; i < tiles; ++i) {
     storage.filled[stage].wait(turn % 2);
+    const int stage_of_a = Few::kRun ? i % kStagesOfA : stage;
+    if (Few::kRun) storage.a_laid[stage_of_a].wait(i / kStagesOfA % 2);
     warpgroup_fence_operand(y);
     warpgroup_fence_operand(h);
     warpgroup_arrive();
     CUTLASS_PRAGMA_UNROLL
     for (int step = 0; step < kDepth / 16; ++step) {
       gemm(multiply_w, x_for_w(_, _, step, stage), w(_, _, step, stage), y);
-      if constexpr (!Few::kRun) {
-        gemm(multiply_a, x_for_a(_, _, step, stage), a(_, _, step, stage), h);
-      }
+      gemm(multiply_a, x_for_a(_, _, step, stage), a(_, _, step, stage_of_a), h);
     }
     warpgroup_commit_batch();
-    if constexpr (Few::kRun) {
-      if (some_rows) {
-        const Element* const tile_x = storage.x + stage * kRows * kDepth;
-        const Element* const tile_a = storage.a + stage * kRanks * kDepth;
-        MultiplyRun<Few, Number>(h_of_run, tile_x, in_tile, tile_a, p.rank,
-                                 p.in - (first + i) * kDepth);
-      }
-    }
-    // What is read by now: this stage, or the one before. (No wgmma may be under way where a loop
-    // with other arithmetic in it goes round, or the compiler serializes them.)
-    constexpr int kPending = Few::kRun ? 0 : 1;
-    warpgroup_wait<kPending>();
+    warpgroup_wait<1>();
     warpgroup_fence_operand(y);
     warpgroup_fence_operand(h);
-    // Of a run each lane tells of its own reads; wgmma's are the warpgroup's.
-    if (i >= kPending && (Few::kRun || lane == 0)) {
-      storage.read[(stage + kStages - kPending) % kStages].arrive();
+    // What is read by now: the stage before.
+    if (i > 0 && lane == 0) {
+      storage.read[(stage + kStages - 1) % kStages].arrive();
+      if (Few::kRun) storage.a_read[(i - 1) % kStagesOfA].arrive();
     }
     if (++stage == kStages) stage = 0, ++turn;
   }
@@ -335,10 +361,6 @@ __global__ void __launch_bounds__(Few::kThreads, 1)
   warpgroup_fence_operand(y);
   warpgroup_fence_operand(h);
 
-  if constexpr (Few::kRun) {
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < size(h); ++i) h(i) = h_of_run[i / 4][i % 4];
-  }
   // h = scaling · x·A, of ranks that are: an infinite x times the zeros beyond them is NaN. A
   // thread has rows g and g + 8 and, of each 8 ranks, two neighbouring ones.
   const int g = lane / 4, t = lane % 4;
@@ -511,52 +533,69 @@ cudaError_t LaunchFew(const Gemm& gemm, const GemmShrink& shrink, int multiproce
                 Own::kThreads, sizeof(typename Own::Storage), stream, false, parts, params);
 }
 
+// What a block has of y, and how many blocks may share the depth of it.
+struct Tile {
+  int rows, columns, parts;
+};
+
+// The first that serves, of the measured order; no rows: none does.
+Tile TileOf(const Gemm& gemm, int multiprocessors) {
+  const auto blocks = [&](int rows, int columns, int parts) {
+    return CeilDiv(gemm.m, rows) * CeilDiv(gemm.n, columns) * parts;
+  };
+  // Where clusters of four fit side by side: 32 of them, on 132 multiprocessors, took 12.8 µs for
+  // 16 rows of 2048→2048, and two blocks a tile 8.5.
+  if (blocks(64, 64, 4) <= multiprocessors * 3 / 4) return {64, 64, 4};
+  if (blocks(64, 64, 2) <= multiprocessors) return {64, 64, 2};
+  // (µs, one of these and two of the next, straight and transposed: 512 rows of 1024→1024 7.0, 7.0
+  // and 6.2, 6.7, 256 rows of 1536→1536 8.3, 7.7 and 7.3, 7.6.)
+  if (blocks(64, 64, 1) <= multiprocessors && gemm.k <= 1024) return {64, 64, 1};
+  if (blocks(128, 64, 2) <= multiprocessors) return {128, 64, 2};
+  if (gemm.m <= 64) return {64, 64, 1};
+  if (gemm.m <= kMostRows) return {128, 64, 1};
+  // Where the product's tiles of 64×128 leave too few multiprocessors for h of so many rows (1024
+  // rows of 1024→1024 9.3 µs, and 10.1 with tiles of 128×128).
+  const bool alone = gemm.m > 512 && blocks(64, 128, 1) > multiprocessors - 8;
+  return alone && blocks(128, 64, 1) <= multiprocessors ? Tile{128, 64, 1} : Tile{};
+}
+
 template <class Element, bool transposed>
 cudaError_t LaunchTile(const Gemm& gemm, const GemmShrink& shrink, int multiprocessors,
                        cudaStream_t stream) {
-  const auto with_ranks = [&](auto rows, auto columns, auto parts) {
+  const auto with_ranks = [&](auto rows, auto parts) {
     const auto launch = [&](auto ranks) {
-      return LaunchFew<Element, decltype(rows)::value, decltype(columns)::value,
-                       decltype(ranks)::value, decltype(parts)::value, transposed>(
-          gemm, shrink, multiprocessors, stream);
+      return LaunchFew<Element, decltype(rows)::value, 64, decltype(ranks)::value,
+                       decltype(parts)::value, transposed>(gemm, shrink, multiprocessors, stream);
     };
     if (gemm.r <= 16) return launch(Int<16>{});
     return gemm.r <= 32 ? launch(Int<32>{}) : launch(Int<64>{});
   };
-  if (gemm.m <= 64) {
-    // Where clusters of four fit side by side: 32 of them, on 132 multiprocessors, took 12.8 µs for
-    // 16 rows of 2048→2048, and two blocks a tile 8.5. And where the depth is worth their exchange
-    // (16 rows, µs, with two and with four: 4096→1024 8.8 and 7.2, 2048→512 6.3 and 5.3, 4096→1536
-    // 9.3 and 8.0; 1024→1024 6.5 and 6.4, transposed 5.9 and 6.1).
-    const bool narrow = CeilDiv(gemm.n, 64) * 4 <= multiprocessors * 3 / 4 && gemm.k > 1024;
-    return narrow ? with_ranks(Int<64>{}, Int<64>{}, Int<4>{})
-                  : with_ranks(Int<64>{}, Int<64>{}, Int<2>{});
-  }
-  // Wide ones read x half as often (256 rows of 4096: 23.2 µs, not 24.9), narrow ones fill the GPU
-  // where there are few (256 rows of 2048: 9.9, not 12.5).
-  const bool wide =
-      gemm.m > kMostRows && CeilDiv(gemm.m, 128) * CeilDiv(gemm.n, 64) * 2 > multiprocessors;
-  return wide ? with_ranks(Int<128>{}, Int<128>{}, Int<2>{})
-              : with_ranks(Int<128>{}, Int<64>{}, Int<2>{});
+  const Tile tile = TileOf(gemm, multiprocessors);
+  if (tile.rows == 128) return with_ranks(Int<128>{}, Int<2>{});
+  return tile.parts == 4 ? with_ranks(Int<64>{}, Int<4>{}) : with_ranks(Int<64>{}, Int<2>{});
+}
+
+cudaError_t Multiprocessors(int* count) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
 }
 
 }  // namespace
 
 bool FewSm90Serves(const Gemm& gemm, const GemmShrink& shrink) {
-  const bool some = gemm.m <= kMostRows && gemm.r <= kMostRanks;
-  const bool more = gemm.m <= kMoreRows && gemm.r <= kMoreRanks && gemm.n <= kMoreColumns;
-  return (some || more) && gemm.r > 0 && gemm.r % 8 == 0 &&
-         reinterpret_cast<uintptr_t>(shrink.a) % 16 == 0 && GemmSm90Serves(gemm);
+  int multiprocessors = 0;
+  return gemm.r > 0 && gemm.r <= kMostRanks && gemm.r % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(shrink.a) % 16 == 0 && GemmSm90Serves(gemm) &&
+         Multiprocessors(&multiprocessors) == cudaSuccess && TileOf(gemm, multiprocessors).rows > 0;
 }
 
 cudaError_t FewSm90(const Gemm& gemm, const GemmShrink& shrink, cudaStream_t stream) {
   using cutlass::bfloat16_t, cutlass::half_t;
   if (!FewSm90Serves(gemm, shrink)) return cudaErrorInvalidValue;
-  int device = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
+  int multiprocessors = 0;
+  const cudaError_t error = Multiprocessors(&multiprocessors);
   if (error != cudaSuccess) return error;
   if (gemm.transposed) {
     return gemm.bf16 ? LaunchTile<bfloat16_t, true>(gemm, shrink, multiprocessors, stream)

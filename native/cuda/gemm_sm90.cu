@@ -44,8 +44,8 @@
 // each other at every tile, and the small wgmma reads x from shared memory again: 512 rows took
 // 29.6 µs, not 27.6, 8192 rows 1.05 of cuBLAS's bare product, not 1.03.
 //
-// This file is compiled 17 times, a CUTLASS kernel being slow to compile: with
-// JAX_FUSED_LORA_GEMM_PART from 0 to 15 for one kernel each, and without for the functions of the
+// This file is compiled 21 times, a CUTLASS kernel being slow to compile: with
+// JAX_FUSED_LORA_GEMM_PART from 0 to 19 for one kernel each, and without for the functions of the
 // header. Always with NDEBUG: the asserts in CUTLASS's loop make the compiler serialize wgmma.
 #include <algorithm>
 #include <atomic>
@@ -394,6 +394,13 @@ struct Tile<3> : Tile<2> {
   using Schedule = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
 };
 
+// For products of few tiles. (64×64 is no faster with its h beside it, which takes longer than the
+// product then; few_sm90.cu has such tiles.)
+template <>
+struct Tile<4> : Tile<2> {
+  using Shape = cute::Shape<cute::_64, cute::_128, cute::_64>;
+};
+
 template <class Tile, class Element, bool transposed>
 struct Kernel {
   static constexpr int kAlignment = 8;
@@ -503,11 +510,19 @@ constexpr Launcher kLaunchers[kGemmTiles][2][2] = {
      {LaunchGemm<2, true, false>, LaunchGemm<2, true, true>}},
     {{LaunchGemm<3, false, false>, LaunchGemm<3, false, true>},
      {LaunchGemm<3, true, false>, LaunchGemm<3, true, true>}},
+    {{LaunchGemm<4, false, false>, LaunchGemm<4, false, true>},
+     {LaunchGemm<4, true, false>, LaunchGemm<4, true, true>}},
 };
 
-constexpr int kTileRows[kGemmTiles] = {128, 256, 128, 128};
-constexpr int kTileColumns[kGemmTiles] = {256, 128, 128, 128};
-constexpr bool kClusterAlongN[kGemmTiles] = {false, true, false, false};
+constexpr int kTileRows[kGemmTiles] = {128, 256, 128, 128, 64};
+constexpr int kTileColumns[kGemmTiles] = {256, 128, 128, 128, 128};
+constexpr bool kClusterAlongN[kGemmTiles] = {false, true};
+
+// How long a tile takes, in halves of the largest's time: less reuse makes smaller ones slower.
+constexpr double kTileTime[kGemmTiles] = {2, 2, 1.1, 1.1, .68};
+// Cycles of the tensor cores for 64 of a tile's depth, by which the kernels beside are measured;
+// the smallest takes a third more in that measure.
+constexpr int64_t kTileCycles[kGemmTiles] = {1024, 1024, 512, 512, 340};
 
 // Of the shrink beside. The bytes of x and A that a block reads in a cycle: 128 rows of 4096 took
 // 16.5, 18.4 and 21.6 µs at rank 16, 32 and 64.
@@ -516,6 +531,9 @@ constexpr int64_t kMostBesideBlocks = 16, kBesideBytes = 50;
 // Of the sweep beside: its start, and a block's step of 128×128, in the same cycles. (Shared memory
 // bounds a step: 1000 cycles, while the product's tile takes 1.35 times what its tensor cores do.)
 constexpr int64_t kSweepStart = 9300, kSweepStep = 740;
+
+// Cycles that a product may wait for its h: to have it computed before takes longer.
+constexpr int64_t kWait = 2700;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -538,11 +556,14 @@ struct Rounds {
 };
 
 // In as few rounds of tiles as can be, and as few blocks as those need: of 1024 tiles 128 blocks
-// have 8 each, as the first of all 132 would have, and 4 multiprocessors are free.
+// have 8 each, as the first of all 132 would have, and 4 multiprocessors are free. CUTLASS's order
+// counts clusters side by side in whole swizzles, whose last may lie outside of y (1024 rows of
+// 4096→11008, four of them, where that was not seen: 219 µs for 164).
 Rounds RoundsOf(const Gemm& gemm, const GemmPlan& plan, int multiprocessors) {
   const int64_t rows = kTileRows[plan.tile] * (kClusterAlongN[plan.tile] ? 1 : kClusterSize);
   const int64_t columns = kTileColumns[plan.tile] * (kClusterAlongN[plan.tile] ? kClusterSize : 1);
-  const int64_t clusters = CeilDiv(gemm.m, rows) * CeilDiv(gemm.n, columns);
+  const auto whole = [&](int64_t count) { return CeilDiv(count, plan.swizzle) * plan.swizzle; };
+  const int64_t clusters = whole(CeilDiv(gemm.m, rows)) * whole(CeilDiv(gemm.n, columns));
   const int64_t rounds = CeilDiv(clusters, multiprocessors / kClusterSize);
   return {rounds, CeilDiv(clusters, rounds) * kClusterSize};
 }
@@ -552,9 +573,7 @@ Rounds RoundsOf(const Gemm& gemm, const GemmPlan& plan, int multiprocessors) {
 bool Ahead(const Gemm& gemm, const GemmPlan& plan, const Rounds& product, int64_t side_by_side,
            int64_t start, int64_t of_tile) {
   const int64_t tiles = CeilDiv(gemm.m, kBesideRows);
-  // Cycles of the tensor cores for a tile of y.
-  const int64_t of_product =
-      CeilDiv(gemm.k, kTileK) * kTileRows[plan.tile] * kTileColumns[plan.tile] / 32;
+  const int64_t of_product = CeilDiv(gemm.k, kTileK) * kTileCycles[plan.tile];
   // The rows that the first round wants.
   const int64_t columns = CeilDiv(gemm.n, kTileColumns[plan.tile]);
   const int64_t rows =
@@ -567,7 +586,7 @@ bool Ahead(const Gemm& gemm, const GemmPlan& plan, const Rounds& product, int64_
 }
 
 // Blocks of the shrink beside a product: an even number of the multiprocessors that it leaves free,
-// or 0 where these are too few to be ahead of it.
+// or 0 where these are too few.
 int BesideBlocks(const Gemm& gemm, const GemmPlan& plan, int multiprocessors) {
   const Rounds product = RoundsOf(gemm, plan, multiprocessors);
   const int64_t tiles = CeilDiv(gemm.m, kBesideRows);
@@ -575,7 +594,7 @@ int BesideBlocks(const Gemm& gemm, const GemmPlan& plan, int multiprocessors) {
       std::min({multiprocessors - product.blocks, (tiles + 1) / 2 * 2, kMostBesideBlocks}) / 2 * 2;
   if (blocks == 0) return 0;
   const int64_t of_tile = gemm.k * 2 * (kBesideRows + CeilDiv(gemm.r, 16) * 16) / kBesideBytes;
-  return Ahead(gemm, plan, product, blocks, 0, of_tile) ? static_cast<int>(blocks) : 0;
+  return Ahead(gemm, plan, product, blocks, -kWait, of_tile) ? static_cast<int>(blocks) : 0;
 }
 
 // The same of the sweep that has the gradient, too.
@@ -605,20 +624,18 @@ bool GemmSm90Serves(const Gemm& gemm) {
 
 GemmPlan GemmSm90Plan(const Gemm& gemm, int multiprocessors) {
   // Every multiprocessor takes a tile at a time, so a product lasts as long as the tiles that one
-  // of them takes, and the last round may be nearly empty. A tile of half the size takes a little
-  // more than half the time, having half the reuse.
-  const auto time = [&](int64_t rows, int64_t columns, double tile) {
-    return CeilDiv(CeilDiv(gemm.m, rows) * CeilDiv(gemm.n, columns), multiprocessors) * tile;
+  // of them takes, and the last round may be nearly empty.
+  GemmPlan plan = {};
+  const auto rounds = [&](int tile) {
+    return RoundsOf(gemm, {tile, 1, false}, multiprocessors).rounds;
   };
-  constexpr double kSmall = 1.1;
-  const double wide = time(128, 256, 2), tall = time(256, 128, 2), small = time(128, 128, kSmall);
-  GemmPlan plan;
-  if (small < std::min(wide, tall)) {
-    plan.tile = small > kSmall ? 2 : 3;
-  } else {
-    plan.tile = wide < tall ? 0 : 1;
+  double least = std::numeric_limits<double>::infinity();
+  for (int tile : {1, 0, 2, 4}) {  // of equals the first
+    const double time = static_cast<double>(rounds(tile)) * kTileTime[tile];
+    if (time < least) least = time, plan.tile = tile;
   }
-  const int64_t rows = plan.tile == 1 ? 256 : 128, columns = plan.tile == 0 ? 256 : 128;
+  if (plan.tile == 2 && rounds(2) == 1) plan.tile = 3;
+  const int64_t rows = kTileRows[plan.tile], columns = kTileColumns[plan.tile];
   plan.along_n = CeilDiv(gemm.n, columns) <= CeilDiv(gemm.m, rows);
   plan.swizzle = 1;
   return plan;
@@ -626,20 +643,24 @@ GemmPlan GemmSm90Plan(const Gemm& gemm, int multiprocessors) {
 
 namespace {
 
-// A W of more bytes than stay in an H200's L2 cache, 60 MB.
-constexpr int64_t kLargeW = 64 << 20;
+// A W of more bytes than stay in an H200's L2 cache, 60 MB; and an x of fewer.
+constexpr int64_t kLargeW = 64 << 20, kSmallX = 32 << 20;
 
 // GemmSm90Plan's, but that a round wants few rows: of a large W not the fewest, so that it does not
 // read all of W (8192 rows of 8192→8192 in JAX on an H200: 1655 to 1711 µs before, now 1625 to
-// 1650; of 8 tiles side by side the first round waits for h, 1658).
+// 1650; of 8 tiles side by side the first round waits for h, 1658). Nor where a small x can be read
+// again instead, and W once.
 GemmPlan PlanBeside(const Gemm& gemm, int multiprocessors) {
   GemmPlan plan = GemmSm90Plan(gemm, multiprocessors);
-  if (RoundsOf(gemm, plan, multiprocessors).rounds == 1) return plan;
+  const bool large = gemm.k * gemm.n * 2 > kLargeW;
+  const bool reads_w_once = !plan.along_n && gemm.m * gemm.k * 2 <= kSmallX;
+  const int64_t rounds = RoundsOf(gemm, plan, multiprocessors).rounds;
+  if (rounds == 1 || (large && reads_w_once)) return plan;
   plan.along_n = true;
   GemmPlan wider = plan;
   wider.swizzle = 4;
-  const bool large = gemm.k * gemm.n * 2 > kLargeW;
-  return large && BesideBlocks(gemm, wider, multiprocessors) > 0 ? wider : plan;
+  const bool fits = RoundsOf(gemm, wider, multiprocessors).rounds == rounds;
+  return large && fits && BesideBlocks(gemm, wider, multiprocessors) > 0 ? wider : plan;
 }
 
 cudaError_t ThisDevice(int* device, int* multiprocessors) {

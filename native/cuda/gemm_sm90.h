@@ -61,11 +61,11 @@ struct GemmGrad {
   void* gradient;  // of x's type; null for none
 };
 
-constexpr int kGemmTiles = 4;  // that a plan may have
+constexpr int kGemmTiles = 5;  // that a plan may have
 
 // Which kernel, and in which order its blocks take the tiles of y.
 struct GemmPlan {
-  int tile;      // 0: 128×256, 1: 256×128, 2: 128×128, ping-pong, 3: 128×128
+  int tile;      // 0: 128×256, 1: 256×128, 2: 128×128, ping-pong, 3: 128×128, 4: 64×128
   int swizzle;   // 1, 2, 4 or 8 tiles side by side before the order goes on
   bool along_n;  // consecutive blocks lie along n
 };

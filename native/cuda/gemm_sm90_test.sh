@@ -34,13 +34,13 @@ compile "$build/host.o" native/cuda/gemm_sm90.cu &
 compile "$build/beside.o" native/cuda/shrink_beside.cu &
 compile "$build/sweep.o" native/cuda/sweep_beside.cu &
 compile "$build/few.o" native/cuda/few_sm90.cu &
-for part in {0..15}; do
+for part in {0..19}; do
   wait_for "${JOBS:-16}"
   compile "$build/$part.o" native/cuda/gemm_sm90.cu -DJAX_FUSED_LORA_GEMM_PART="$part" &
 done
 for job in $(jobs -p); do wait "$job" || failed=1; done
 ((failed == 0)) || { echo "does not compile" >&2; exit 1; }
-"$nvcc" "${flags[@]}" "$build"/{test,host,beside,sweep,few,{0..15}}.o -o "$build/gemm_sm90_test" -ldl
+"$nvcc" "${flags[@]}" "$build"/{test,host,beside,sweep,few,{0..19}}.o -o "$build/gemm_sm90_test" -ldl
 
 if [[ -z ${CUBLAS:-} ]]; then
   CUBLAS=$(python3 - <<'FIND' 2>/dev/null || true
