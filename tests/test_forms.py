@@ -72,9 +72,19 @@ def test_tiles_fill_most_of_their_rounds_or_are_one(problem, forward, backward):
         layer(64, rank=72),
         layer(192, k=1024, rank=72),
         layer(192, k=11008),
-        layer(1024, n=56),
+        layer(1024, k=256, n=248),
+        layer(256, k=256, n=256),
     ],
-    ids=["small", "rank", "some, small", "some, rank", "more, rank", "more, wide", "many, small"],
+    ids=[
+        "small",
+        "rank",
+        "some, small",
+        "some, rank",
+        "more, rank",
+        "more, wide",
+        "many, small",
+        "more, small",
+    ],
 )
 def test_few_rows_that_were_not_measured_are_left_to_xla(problem):
     assert both(problem, product=True) == ("xla", "xla")
