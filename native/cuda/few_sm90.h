@@ -1,4 +1,4 @@
-// The adapted layer of up to 128 rows in one kernel, on Hopper's tensor cores.
+// The adapted layer of few rows in one kernel, on Hopper's tensor cores.
 #ifndef JAX_FUSED_LORA_NATIVE_CUDA_FEW_SM90_H_
 #define JAX_FUSED_LORA_NATIVE_CUDA_FEW_SM90_H_
 
@@ -6,8 +6,8 @@
 
 namespace jax_fused_lora {
 
-// Whether the kernel takes a call that GemmSm90Serves, with A and h of `shrink`: up to 128 rows and
-// 64 ranks, or 256 rows of up to 4224 columns and 32 ranks; ranks in whole 16 bytes.
+// Whether the kernel takes a call that GemmSm90Serves, with A and h of `shrink`: up to 128 rows, or
+// more where one round of its tiles does; up to 64 ranks, in whole 16 bytes.
 bool FewSm90Serves(const Gemm& gemm, const GemmShrink& shrink);
 
 // y and shrink.h; h16 and the scratch memory are not touched.
