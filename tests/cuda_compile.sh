@@ -3,7 +3,7 @@
 #
 # Compiles the CUDA backend for an H100, links and loads it, so that it cannot rot where no GPU is.
 # BIN is the folder of a Python environment with tests/requirements.txt. Of the Hopper product, whose
-# dozen variants take minutes, two: W straight in float16 and transposed in bfloat16.
+# twenty variants take minutes, two: W straight in float16 and transposed in bfloat16.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [[ $# -eq 2 ]] || { sed -n 2p "$0" >&2; exit 2; }
@@ -31,12 +31,14 @@ compile() {  # name, source, flags
     -Xcompiler -fPIC -I. "-I$cutlass/cutlass_library/source/include" "${@:3}" -c "native/cuda/$2" \
     -o "$build/$1.o"
 }
-for part in 2 1; do
-  compile "gemm_$part" gemm_sm90.cu "-DJAX_FUSED_LORA_GEMM_PART=$part" &
-  jobs[part]=$!
+jobs=()
+for unit in few_sm90 shrink_beside sweep_beside; do
+  compile "$unit" "$unit.cu" &
+  jobs+=($!)
 done
-compile shrink_beside shrink_beside.cu
-compile sweep_beside sweep_beside.cu
-compile few_sm90 few_sm90.cu
+for part in 1 2; do
+  compile "gemm_$part" gemm_sm90.cu "-DJAX_FUSED_LORA_GEMM_PART=$part" &
+  jobs+=($!)
+done
 for job in "${jobs[@]}"; do wait "$job"; done
 echo 'cuda: compiles'

@@ -843,15 +843,15 @@ int Main(int argc, char** argv) {
         TimeFew(m, 4096, 16, transposed, stream, cublas);
       }
     }
-    TimeFew(16, 1024, 16, false, stream, cublas);
-    TimeFew(64, 1024, 16, false, stream, cublas);
+    for (int64_t width : {512, 768, 1024, 1536, 2048}) {
+      for (int64_t m : {16, 64, 128, 256, 512, 1024}) TimeFew(m, width, 16, false, stream, cublas);
+    }
     for (int64_t r : {32, 64}) {
       for (int64_t m : {1, 16, 64}) TimeFew(m, 4096, r, false, stream, cublas);
     }
     TimeFew(128, 4096, 32, false, stream, cublas);
     TimeFew(128, 4096, 64, false, stream, cublas);
     TimeFew(64, 8192, 16, false, stream, cublas);
-    TimeFew(256, 2048, 16, false, stream, cublas);
     TimeFew(256, 4096, 32, false, stream, cublas);
   }
   if (what == "few") return failed != 0;
