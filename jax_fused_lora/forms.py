@@ -171,11 +171,12 @@ _CUDA_GRADIENT_RANK = 128
 # 0.92, 0.89 and 0.85, 2048 rows of 11008→4096 0.95 and 0.94; where no multiprocessors are left for
 # the sweep, 4096 rows of 3072→3072, 0.86 and 0.87.
 _CUDA_SWEPT_RANK, _CUDA_SWEPT_COLUMNS, _CUDA_SWEPT_WIDTH = 16, 4096, 3072
-# Rows from which the product with the rank inside it may be ahead, and with wider layers, and the
-# numbers of W; `_many_rows` says where it is. Wider ones of fewer rows were slower (384 rows of
-# 4096→11008 1.26 and 1.28 of an H100, 1.04 and 1.07 of an H200 with smaller tiles). Of 256→256,
-# rank 8, an H200: 512 rows 0.64 and 0.72, 8192 rows 0.87 and 0.97, but one row 1.08 and 1.52.
-_CUDA_MANY_ROWS, _CUDA_MANY_WIDE_ROWS, _CUDA_MANY_WORK = 257, 385, 1 << 16
+# Rows from which the product with the rank inside it may be ahead, and with wider layers, and how
+# narrow a smaller W may be; `_many_rows` says where it is. Wider ones of fewer rows were slower
+# (384 rows of 4096→11008 1.26 and 1.28 of an H100, 1.04 and 1.07 of an H200 with smaller tiles). Of
+# 256→256, rank 8, an H200: 512 rows 0.64 and 0.72, 8192 rows 0.87 and 0.97, but one row 1.08 and
+# 1.52.
+_CUDA_MANY_ROWS, _CUDA_MANY_WIDE_ROWS, _CUDA_MANY_WIDTH = 257, 385, 256
 # Without W, rows up to which the kernels for few rows are faster than the definition, of the ranks
 # that they take; multiples of 64 in and out of 16 bits, of 4 in float32. An H200, layers in a loop
 # within one program, microseconds of the definition (in brackets of the plain formula) and ours.
@@ -349,7 +350,8 @@ def _many_rows(problem: Problem, columns: int) -> bool:
     """
     rows, wide = problem.rows, max(problem.k, problem.n) > _CUDA_MORE_WIDTH
     fewest = _CUDA_MANY_WIDE_ROWS if wide else _CUDA_MANY_ROWS
-    if rows < fewest or problem.k * problem.n < _CUDA_MANY_WORK:
+    narrow = min(problem.k, problem.n) < _CUDA_MANY_WIDTH
+    if rows < fewest or (narrow and problem.k * problem.n < _CUDA_SOME_WORK):
         return False
     multiprocessors = 132
 

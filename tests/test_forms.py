@@ -73,6 +73,7 @@ def test_tiles_fill_most_of_their_rounds_or_are_one(problem, forward, backward):
         layer(192, k=1024, rank=72),
         layer(192, k=11008),
         layer(1024, k=256, n=248),
+        layer(1024, k=8192, n=16),
         layer(256, k=256, n=256),
     ],
     ids=[
@@ -83,6 +84,7 @@ def test_tiles_fill_most_of_their_rounds_or_are_one(problem, forward, backward):
         "more, rank",
         "more, wide",
         "many, small",
+        "many, narrow",
         "more, small",
     ],
 )
