@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 
 from jax_fused_lora import bench, forms
+from jax_fused_lora.cases import DIRECTIONS, DTYPES, Case
 
 FORMS = ("kernel", "base", "xla")
 ROWS = (8, 16, 32, 64, 96, 128, 192, 256, 512, 1024)
@@ -20,8 +21,8 @@ ROWS = (8, 16, 32, 64, 96, 128, 192, 256, 512, 1024)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dtype", choices=bench.DTYPES, default="float32")
-    parser.add_argument("--direction", choices=bench.DIRECTIONS, default="forward")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--direction", choices=DIRECTIONS, default="forward")
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--rank", type=int, default=16)
@@ -31,7 +32,7 @@ def main() -> None:
     varied = "backward_form" if options.direction == "forward+backward" else "forward_form"
     for width in options.widths:
         for rows in options.rows:
-            case = bench.Case(
+            case = Case(
                 "lora_linear", rows, width, width, options.rank, options.dtype, options.direction
             )
             sides = {}

@@ -21,7 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import jax_fused_lora
 from jax_fused_lora import bench, implementations, report, selftest
-from jax_fused_lora.bench import Case, Row
+from jax_fused_lora.bench import Row
+from jax_fused_lora.cases import DIRECTIONS, DTYPES, OPS, PRESETS, Case
 from jax_fused_lora.implementations import default_platform
 from jax_fused_lora.selftest import Check, Duel, Result, Timing
 
@@ -166,7 +167,7 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
         ]
     cases = [
         case
-        for case in bench.PRESETS[arguments.cases or "table"]()
+        for case in PRESETS[arguments.cases or "table"]()
         if all(getattr(case, name) in values for name, values in wanted.items())
     ]
     if not cases:
@@ -273,19 +274,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     measure.set_defaults(run=_bench, parser=measure)
     add = measure.add_argument
-    add("--cases", choices=tuple(bench.PRESETS), help="the list to measure (default: table)")
-    add("--op", nargs="+", choices=bench.OPS)
+    add("--cases", choices=tuple(PRESETS), help="the list to measure (default: table)")
+    add("--op", nargs="+", choices=OPS)
     add("--rows", nargs="+", type=_positive, metavar="M", help="default 1")
     add("--in", nargs="+", type=_positive, metavar="K", dest="in_features", help="default 2048")
     add("--out", nargs="+", type=_positive, metavar="N", dest="out_features", help="default: --in")
     add("--rank", nargs="+", type=_positive, metavar="R", help="default 8")
-    add("--dtype", nargs="+", choices=bench.DTYPES)
-    add("--direction", nargs="+", choices=bench.DIRECTIONS)
+    add("--dtype", nargs="+", choices=DTYPES)
+    add("--direction", nargs="+", choices=DIRECTIONS)
     add(
         "--layers",
         type=_positive,
         metavar="L",
-        help="layers in the chain; few of them stay in a cache (default: enough to move 64 MB)",
+        help="layers in the chain; few of them stay in a cache (default: 64 MB of them; GPU: 64)",
     )
     add("--seconds", type=_seconds, default=2.0, help="time to measure a case (default 2)")
     add(

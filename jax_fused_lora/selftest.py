@@ -18,7 +18,7 @@ import numpy as np
 
 import jax_fused_lora
 from jax_fused_lora import accuracy, bench
-from jax_fused_lora.bench import Case
+from jax_fused_lora.cases import OPS, Case
 from jax_fused_lora.implementations import implementations
 
 # Rows, in, out, rank: no rows at all, single numbers, powers of two, sizes that divide nothing,
@@ -134,7 +134,7 @@ def plan(*, quick: bool = False) -> list[Step]:
     found = devices()
     blank: list[Result] = [
         Check(name, op, shape, dtype, None)
-        for op in bench.OPS
+        for op in OPS
         for dtype in accuracy.DTYPES
         for shape in SHAPES
         for name in found

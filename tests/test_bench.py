@@ -14,7 +14,8 @@ import pytest
 
 import jax_fused_lora
 from jax_fused_lora import Implementation, bench, cli
-from jax_fused_lora.bench import Case, Ratio, Row, WrongResult
+from jax_fused_lora.bench import Ratio, Row, WrongResult
+from jax_fused_lora.cases import DIRECTIONS, DTYPES, OPS, PRESETS, Case
 
 TINY = ["--rows", "3", "--in", "16", "--out", "24", "--rank", "4", "--seconds", "0.01"]
 
@@ -43,9 +44,9 @@ def measured(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("direction", bench.DIRECTIONS)
-@pytest.mark.parametrize("op", bench.OPS)
-@pytest.mark.parametrize("dtype", bench.DTYPES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_measure(short_chain, op, dtype, direction):
     case = Case(op, 3, 16, 24, 4, dtype, direction)
     row = bench.measure(case, seconds=0.0)
@@ -57,7 +58,7 @@ def test_measure(short_chain, op, dtype, direction):
     assert 0 <= row.error <= bench.TOLERANCES[dtype]
 
 
-@pytest.mark.parametrize("dtype", bench.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_wrong_result_is_not_timed(short_chain, monkeypatch, dtype):
     monkeypatch.setattr(jax_fused_lora, "lora_linear", lambda x, w, a, b, **_: x @ w)
     with pytest.raises(WrongResult, match="differs from XLA's"):
@@ -122,7 +123,7 @@ def test_all_gradients_leave_the_program(short_chain):
     assert [leaf.shape for leaf in jax.tree.leaves(sides["base"]())] == [y, dx]
 
 
-@pytest.mark.parametrize("direction", bench.DIRECTIONS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_passes_follow_each_other(short_chain, direction):
     """On a GPU; here by name."""
     case = Case("lora_linear", 3, 16, 24, 4, direction=direction)
@@ -161,9 +162,9 @@ def test_short_chains_are_repeated_on_gpus(monkeypatch):
     np.testing.assert_allclose(times["ours"], 1.0)
 
 
-@pytest.mark.parametrize("preset", bench.PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_presets(preset):
-    cases = list(bench.PRESETS[preset]())
+    cases = list(PRESETS[preset]())
     assert len(cases) == len(set(cases)) == {"table": 20, "sweep": 1980}[preset]
     for case in cases:
         assert case.layers % 2 == 0
@@ -245,7 +246,7 @@ def test_flags_make_shapes(measured):
 
 def test_the_table_is_not_truncated(measured, capsys):
     """A pipe has no width of its own; no line is to be longer than a terminal is wide."""
-    flags = ["--in", "2048", "--rows", "1", "2048", "--op", *bench.OPS, "--dtype", "bfloat16"]
+    flags = ["--in", "2048", "--rows", "1", "2048", "--op", *OPS, "--dtype", "bfloat16"]
     cli.main(["bench", *flags])
     out = capsys.readouterr().out
     assert "…" not in out

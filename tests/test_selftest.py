@@ -11,7 +11,8 @@ import pytest
 
 import jax_fused_lora
 from jax_fused_lora import Implementation, bench, cli, implementations, selftest
-from jax_fused_lora.bench import Case, WrongResult
+from jax_fused_lora.bench import WrongResult
+from jax_fused_lora.cases import OPS, Case
 from jax_fused_lora.selftest import Check, Duel, Timing
 
 SHAPES = ((1, 1, 1, 1), (3, 20, 30, 4))
@@ -35,7 +36,7 @@ def small(monkeypatch):
 def broken(monkeypatch):
     """Puts a change around the ops of implementation "cpu": `broken(lambda op, operands: ...)`."""
 
-    def put(change, ops=bench.OPS):
+    def put(change, ops=OPS):
         def around(right):
             def op(*args, implementation, scaling, **operands):
                 operands |= dict(zip(("x", "kernel", "lora_a", "lora_b"), args, strict=False))
@@ -106,7 +107,7 @@ def test_a_slightly_wrong_y_is_caught(broken, tmp_path, capsys):
         assert (each["worst"] > 1) == bool(each["problem"]) == (each["implementation"] == "cpu")
 
 
-@pytest.mark.parametrize("op", bench.OPS)
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("name", oracle.NAMES)
 def test_a_slightly_wrong_gradient_is_caught(broken, op, name):
     def change(op, operands):
