@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-sys.path[:0] = [str(TESTS), str(TESTS / "metal_emulator")]  # oracle.py and emulator.py
+sys.path[:0] = [str(TESTS), str(TESTS / "metal_emulator")]  # oracle.py, programs.py, emulator.py
 
 import emulator  # noqa: E402
 
@@ -91,3 +91,9 @@ def emulated():
     if NO_EMULATOR:
         pytest.skip(NO_EMULATOR)
     return emulator
+
+
+@pytest.fixture(params=["linear", "forward"])
+def linear(request):
+    """Whether the op under test is lora_linear with a bias, or lora_forward."""
+    return request.param == "linear"
