@@ -5,7 +5,8 @@
 # calls, with the instruction sets that this CPU has, and of the Metal backend's host, emulated; the
 # hand-out of blocks to threads under ThreadSanitizer. Fails where a test fails or a sanitizer
 # reports.
-# PYTHON has the package's and the tests' requirements; what is installed in it stays as it is.
+# PYTHON has the package's and the tests' requirements; what is installed in it stays as it is. The
+# emulator takes what `make .venv/emulator` installs.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
