@@ -10,14 +10,14 @@ The forms of a call that has a kernel W:
 * "dx": of the backward pass on CUDA, "kernel" for dx; dA and dB are XLA's, from the t of the call;
 * "xla": no native code, the definition as XLA compiles it.
 
-A call without W, "delta", is always native, but for CUDA. On Metal "kernel" is the only form with
-W; on CUDA it is the one for few rows, and for any number where the library has a product of its
-own.
+A call without W is "delta", or "xla" for many rows of rank 1 on CPUs and for much on CUDA. On Metal
+"kernel" is the only form with W; on CUDA it is the one for few rows, and for any number where the
+library has a product of its own.
 
-The limits of the CPU's forms were measured with `benchmarks/forms.py`, jax 0.10.2, layers 512 to
-2048 wide, on two-core x86-64 servers: Intel ones with AVX-512 and AMX, AMD ones with AVX2 (Zen 3)
-and with AVX-512. Where two disagree a limit lies between them and costs either less than a tenth
-there.
+The limits of the CPU's forms were measured with `benchmarks/forms.py`, layers 512 to 2048 wide, on
+two-core x86-64 servers, with jax 0.10.2 unless said: Intel ones with AVX-512 and AMX, AMD ones with
+AVX2 (Zen 3) and with AVX-512. Where two disagree a limit lies between them and costs either less
+than a tenth there.
 
 The limits follow from how XLA multiplies: float32 reaches its speed at some hundred rows; 16-bit
 types are widened, all of W, in every call. With AVX-512 our product is ahead at any number of rows:
@@ -367,7 +367,7 @@ def _many_rows(problem: Problem, columns: int) -> bool:
 
 def _tma_takes(problem: Problem) -> bool:
     """Whether Hopper's copy engine reads the operands: rows of whole 16 bytes, of 16-bit types."""
-    whole = problem.k % 8 == 0 and problem.n % 8 == 0
+    whole = all(size > 0 and size % 8 == 0 for size in (problem.k, problem.n))
     return whole and problem.dtype != "float32" and not problem.wide_b
 
 

@@ -14,16 +14,17 @@ flags=(-std=c++17 -O3 -lineinfo -Xcompiler -Wall -I .)
 echo '== Building'
 seconds=$SECONDS
 jobs=()
-names=(delta_fma delta_mma delta_tma thin rows decode grad grad_tma tma kernels_test)
-for name in "${names[@]}"; do
+sources=(gpu.cc {delta_fma,delta_mma,delta_tma,thin,rows,decode,grad,grad_tma,tma,kernels_test}.cu)
+objects=()
+for source in "${sources[@]}"; do
+  name=${source%.*}
+  objects+=("$build/$name.o")
   while (($(jobs -rp | wc -l) >= ${JOBS:-$(nproc)})); do wait -n; done
-  "$nvcc" "${flags[@]}" "${target[@]}" --resource-usage -c "native/cuda/$name.cu" \
+  "$nvcc" "${flags[@]}" "${target[@]}" --resource-usage -c "native/cuda/$source" \
     -o "$build/$name.o" >"$out/build_$name.txt" 2>&1 &
   jobs+=($!)
 done
 for job in "${jobs[@]}"; do wait "$job" || failed=1; done
-objects=()
-for name in "${names[@]}"; do objects+=("$build/$name.o"); done
 if ((failed)) || ! "$nvcc" "${target[@]}" "${objects[@]}" -o "$build/kernels_test"; then
   grep -hE 'error' "$out"/build_*.txt | head -n 20 | tee -a "$out/summary.txt"
   say 'build: FAILED'

@@ -207,9 +207,11 @@ def test_adapters_that_share_a_kernel_are_added_to_one_product():
         layer(8192, dtype="float32"),
         layer(8192, k=4100),
         layer(8192, n=4100),
+        layer(8192, k=0),
+        layer(8192, n=0),
         layer(8192, wide_b=True),
     ],
-    ids=["float32", "k", "n", "traced scaling"],
+    ids=["float32", "k", "n", "no k", "no n", "traced scaling"],
 )
 def test_what_the_copy_engine_cannot_read_is_left_to_xla(problem):
     assert both(problem, product=True) == ("xla", "xla")

@@ -257,18 +257,28 @@ XLA_FFI_DEFINE_HANDLER(kBackward, LoraBackward,
 }  // namespace
 
 Backend ThisBackend() {
-  int device = 0;
-  cudaDeviceProp properties;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaGetDeviceProperties(&properties, device);
+  int count = 0;
+  cudaError_t error = cudaGetDeviceCount(&count);
+  std::string names;
+  bool serves = false, product = true;  // a program may run on any of them
+  for (int device = 0; device < count && error == cudaSuccess; ++device) {
+    cudaDeviceProp properties;
+    error = cudaGetDeviceProperties(&properties, device);
+    if (error != cudaSuccess) break;
+    const std::string name = std::string(properties.name) + ", compute capability " +
+                             std::to_string(properties.major) + "." +
+                             std::to_string(properties.minor);
+    serves = serves || properties.major >= 8;
+    product = product && GemmSm90RunsOn(properties.major, properties.minor);
+    if (names.find(name) == names.npos) names += (names.empty() ? "" : "; ") + name;
+  }
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string("CUDA finds no GPU: ") + cudaGetErrorString(error));
   }
-  Backend backend = {reinterpret_cast<void*>(kForward), reinterpret_cast<void*>(kBackward),
-                     std::string(properties.name) + ", compute capability " +
-                         std::to_string(properties.major) + "." + std::to_string(properties.minor)};
+  if (!serves) throw std::runtime_error(names + ": needed compute capability 8.0 or newer");
+  Backend backend = {reinterpret_cast<void*>(kForward), reinterpret_cast<void*>(kBackward), names};
   backend.workspace = Workspace;
-  backend.product = GemmSm90RunsOn(properties.major, properties.minor);
+  backend.product = product;
   return backend;
 }
 

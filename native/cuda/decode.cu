@@ -28,6 +28,7 @@
 #include <cooperative_groups.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "native/cuda/device.cuh"
 #include "native/cuda/kernels.h"
@@ -641,6 +642,32 @@ int ClusterSlices(const Sizes& sizes) {
   return slices;
 }
 
+// Calls function(Tag<type of an element>, whether W is transposed, most ranks), the two being
+// constants.
+template <class Function>
+cudaError_t DispatchCluster(Element element, bool transposed, int64_t rank,
+                            const Function& function) {
+  return Dispatch(element, [&](auto tag) {
+    const auto with_ranks = [&](auto of_w) {
+      return rank <= 16 ? function(tag, of_w, std::integral_constant<int, 16>())
+                        : function(tag, of_w, std::integral_constant<int, kMostClusterRanks>());
+    };
+    return transposed ? with_ranks(std::true_type()) : with_ranks(std::false_type());
+  });
+}
+
+// Whether a block may have the shared memory that it needs: GPUs of compute capability 12.x give it
+// 99 KB, with which 17 and more ranks do not always do.
+bool ClusterFits(Element element, bool transposed, const Sizes& sizes) {
+  Gpu gpu;
+  int shared = 0;
+  DispatchCluster(element, transposed, sizes.rank, [&](auto tag, auto of_w, auto ranks) {
+    shared = Piece<typename decltype(tag)::type, of_w, ranks>::Shared(ClusterSlices(sizes));
+    return cudaSuccess;
+  });
+  return ThisGpu(&gpu) == cudaSuccess && shared <= gpu.block_shared;
+}
+
 template <class E, bool kTransposed, int kRanks>
 cudaError_t LaunchCluster(cudaStream_t stream, const Sizes& sizes, const ClusterArguments& p,
                           const Result<E>& result) {
@@ -677,7 +704,7 @@ cudaError_t LaunchDecode(cudaStream_t stream, Element element, const Sizes& size
   const bool a_like_w =
       a.element == element && a.transposed == transposed && View(a, sizes.in, sizes.rank).vectors;
   if (whole && (sizes.rank == 0 || a_like_w) && sizes.rank <= kMostClusterRanks && sizes.out > 0 &&
-      HasSm90()) {
+      HasSm90() && ClusterFits(element, transposed, sizes)) {
     const ClusterArguments p = {static_cast<int>(sizes.rows),
                                 sizes.in,
                                 sizes.out,
@@ -690,16 +717,11 @@ cudaError_t LaunchDecode(cudaStream_t stream, Element element, const Sizes& size
                                 shrink_scaling,
                                 expand_scaling,
                                 h};
-    return Dispatch(element, [&](auto tag) {
+    return DispatchCluster(element, transposed, sizes.rank, [&](auto tag, auto of_w, auto ranks) {
       using E = typename decltype(tag)::type;
       const Result<E> result = {nullptr,    nullptr,   static_cast<E*>(y),
                                 sizes.rows, sizes.out, vectors};
-      if (transposed) {
-        return sizes.rank <= 16 ? LaunchCluster<E, true, 16>(stream, sizes, p, result)
-                                : LaunchCluster<E, true, 64>(stream, sizes, p, result);
-      }
-      return sizes.rank <= 16 ? LaunchCluster<E, false, 16>(stream, sizes, p, result)
-                              : LaunchCluster<E, false, 64>(stream, sizes, p, result);
+      return LaunchCluster<E, of_w, ranks>(stream, sizes, p, result);
     });
   }
 

@@ -343,13 +343,10 @@ cudaError_t LaunchTile(cudaStream_t stream, const Pass& pass, const Plan& plan) 
 
 template <class E, bool kTransposed>
 cudaError_t LaunchPart(cudaStream_t stream, const Pass& pass) {
-  int device = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
+  Gpu gpu;
+  const cudaError_t error = ThisGpu(&gpu);
   if (error != cudaSuccess) return error;
-  const Plan plan = PlanOf(pass.sizes, multiprocessors);
+  const Plan plan = PlanOf(pass.sizes, gpu.multiprocessors);
   return DispatchRank(pass.sizes.rank, [&](auto rank) {
     constexpr int kRanks = decltype(rank)::value;
     return plan.rows <= 32 ? LaunchTile<Tile<E, kTransposed, kRanks, 32>>(stream, pass, plan)

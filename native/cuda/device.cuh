@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "native/cuda/gpu.h"
 #include "native/cuda/kernels.h"
 
 namespace jax_fused_lora {
@@ -64,8 +65,7 @@ template <class... Parameters, class... Arguments>
 cudaError_t Launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
                    cudaStream_t stream, bool programmatic, int cluster, Arguments... arguments) {
   if (shared > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    const cudaError_t error = AllowShared(reinterpret_cast<const void*>(kernel), shared);
     if (error != cudaSuccess) return error;
   }
   cudaLaunchAttribute attributes[2];

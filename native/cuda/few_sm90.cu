@@ -577,28 +577,22 @@ cudaError_t LaunchTile(const Gemm& gemm, const GemmShrink& shrink, int multiproc
   return tile.parts == 4 ? with_ranks(Int<64>{}, Int<4>{}) : with_ranks(Int<64>{}, Int<2>{});
 }
 
-cudaError_t Multiprocessors(int* count) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
-}
-
 }  // namespace
 
 bool FewSm90Serves(const Gemm& gemm, const GemmShrink& shrink) {
-  int multiprocessors = 0;
+  Gpu gpu;
   return gemm.r > 0 && gemm.r <= kMostRanks && gemm.r % 8 == 0 &&
          reinterpret_cast<uintptr_t>(shrink.a) % 16 == 0 && GemmSm90Serves(gemm) &&
-         Multiprocessors(&multiprocessors) == cudaSuccess && TileOf(gemm, multiprocessors).rows > 0;
+         ThisGpu(&gpu) == cudaSuccess && TileOf(gemm, gpu.multiprocessors).rows > 0;
 }
 
 cudaError_t FewSm90(const Gemm& gemm, const GemmShrink& shrink, cudaStream_t stream) {
   using cutlass::bfloat16_t, cutlass::half_t;
   if (!FewSm90Serves(gemm, shrink)) return cudaErrorInvalidValue;
-  int multiprocessors = 0;
-  const cudaError_t error = Multiprocessors(&multiprocessors);
+  Gpu gpu;
+  const cudaError_t error = ThisGpu(&gpu);
   if (error != cudaSuccess) return error;
+  const int multiprocessors = gpu.multiprocessors;
   if (gemm.transposed) {
     return gemm.bf16 ? LaunchTile<bfloat16_t, true>(gemm, shrink, multiprocessors, stream)
                      : LaunchTile<half_t, true>(gemm, shrink, multiprocessors, stream);

@@ -73,8 +73,9 @@ struct GemmPlan {
 // Whether a device of this compute capability can run it.
 bool GemmSm90RunsOn(int major, int minor);
 
-// Whether TMA can read and write these operands: every row a multiple of 16 bytes, every pointer
-// aligned to as much. Where W is straight, any rank will do; transposed, multiples of 8.
+// Whether the current device can run it, and TMA read and write these operands: every row a
+// multiple of 16 bytes, every pointer aligned to as much. Where W is straight, any rank will do;
+// transposed, multiples of 8.
 bool GemmSm90Serves(const Gemm& gemm);
 
 // The measured choice, on a device of this many multiprocessors.
@@ -92,7 +93,7 @@ bool GemmSm90Sweeps(const Gemm& gemm, const GemmShrink& shrink, const GemmGrad& 
 
 // Launches on the current device; needs no workspace, allocates nothing and waits for nothing.
 // `programmatic_dependent` says that the kernel launched just before writes h16 and may still run
-// when this one starts; that kernel must not be launched so itself (see gemm_sm90.cu).
+// when this one starts; that kernel must not be launched so itself (see gemm_sm90_kernel.cu).
 cudaError_t GemmSm90(const Gemm& gemm, cudaStream_t stream, bool programmatic_dependent);
 cudaError_t GemmSm90(const Gemm& gemm, const GemmPlan& plan, cudaStream_t stream,
                      bool programmatic_dependent);

@@ -1,4 +1,4 @@
-// In place of gemm_sm90.cu and few_sm90.cu, where the library is built without CUTLASS.
+// In place of gemm_sm90.cc and few_sm90.cu, where the library is built without CUTLASS.
 
 #include "native/cuda/few_sm90.h"
 #include "native/cuda/gemm_sm90.h"

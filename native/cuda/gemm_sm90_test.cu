@@ -1,4 +1,4 @@
-// Values and times of gemm_sm90.cu on a Hopper GPU; gemm_sm90_test.sh builds and runs it.
+// Values and times of the product on a Hopper GPU; gemm_sm90_test.sh builds and runs it.
 //
 // Values: against float64 sums of the very operands, by the project's rule (accuracy.py), with h
 // in float32, so that its two 16-bit halves are judged too. Results start as NaN, every operand

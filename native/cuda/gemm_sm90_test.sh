@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds gemm_sm90.cu and its test and runs it, on a machine with a Hopper GPU and CUDA 13's nvcc.
+# Builds the product on Hopper's tensor cores and its test and runs it, on a machine with a Hopper GPU and CUDA 13's nvcc.
 #
 #   bash native/cuda/gemm_sm90_test.sh CUTLASS_INCLUDE [BUILD] [values | small | few | transposed]
 #
@@ -21,6 +21,7 @@ compile() {  # object, source, flags
   local object=$1 source=$2
   shift 2
   [[ $object -nt $source && $object -nt native/cuda/gemm_sm90.h &&
+    $object -nt native/cuda/gemm_sm90_kernel.h && $object -nt native/cuda/gpu.h &&
     $object -nt native/cuda/shrink_beside.h && $object -nt native/cuda/few_sm90.h &&
     $object -nt native/cuda/sweep_beside.h && $object -nt native/cuda/beside.cuh &&
     $object -nt native/cuda/store_sm90.cuh && $object -nt native/cuda/device.cuh ]] && return
@@ -30,17 +31,18 @@ compile() {  # object, source, flags
 failed=0
 wait_for() { while (($(jobs -rp | wc -l) >= $1)); do wait -n || failed=1; done; }
 compile "$build/test.o" native/cuda/gemm_sm90_test.cu &
-compile "$build/host.o" native/cuda/gemm_sm90.cu &
+compile "$build/host.o" native/cuda/gemm_sm90.cc &
+compile "$build/gpu.o" native/cuda/gpu.cc &
 compile "$build/beside.o" native/cuda/shrink_beside.cu &
 compile "$build/sweep.o" native/cuda/sweep_beside.cu &
 compile "$build/few.o" native/cuda/few_sm90.cu &
 for part in {0..19}; do
   wait_for "${JOBS:-16}"
-  compile "$build/$part.o" native/cuda/gemm_sm90.cu -DJAX_FUSED_LORA_GEMM_PART="$part" &
+  compile "$build/$part.o" native/cuda/gemm_sm90_kernel.cu -DJAX_FUSED_LORA_GEMM_PART="$part" &
 done
 for job in $(jobs -p); do wait "$job" || failed=1; done
 ((failed == 0)) || { echo "does not compile" >&2; exit 1; }
-"$nvcc" "${flags[@]}" "$build"/{test,host,beside,sweep,few,{0..19}}.o -o "$build/gemm_sm90_test" -ldl
+"$nvcc" "${flags[@]}" "$build"/{test,host,gpu,beside,sweep,few,{0..19}}.o -o "$build/gemm_sm90_test" -ldl
 
 if [[ -z ${CUBLAS:-} ]]; then
   CUBLAS=$(python3 - <<'FIND' 2>/dev/null || true

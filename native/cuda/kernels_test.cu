@@ -10,6 +10,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdarg>
 #include <cstdint>
@@ -508,6 +509,33 @@ int CheckAll(bool small, const std::string& only) {
   return failures;
 }
 
+// Two threads that launch one kernel, which takes another amount of shared memory for each of them.
+// How many of their launches fail.
+int CheckThreads() {
+  constexpr int kLaunches = 20000;
+  const int64_t rows = 600, in = 1000;
+  const Block x(rows * in * 2), a(in * kMaxRank * 2);
+  std::atomic<int> failures = 0;
+  const auto launch = [&](int64_t rank) {
+    const Block h(rows * rank * sizeof(float));
+    cudaStream_t stream;
+    Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    for (int i = 0; i < kLaunches; ++i) {
+      const cudaError_t error =
+          LaunchShrink(stream, Element::kBfloat16, {rows, in, in, rank}, x.data(),
+                       {a.data(), Element::kBfloat16, false}, 1.0f, h.floats(), nullptr, 1.0f);
+      if (error != cudaSuccess) ++failures;
+    }
+    Check(cudaStreamSynchronize(stream), "two threads");
+    Check(cudaStreamDestroy(stream), "cudaStreamDestroy");
+  };
+  std::thread other(launch, 64);
+  launch(128);
+  other.join();
+  std::printf("two threads: %d launches, %d failures\n", 2 * kLaunches, failures.load());
+  return failures;
+}
+
 // ---------------------------------------------------------------------------------------------
 // Times: a chain of launches on different operands, captured as a graph, median of 20 runs.
 
@@ -719,7 +747,8 @@ int Main(int count, char** arguments) {
       Die("usage: %s [--small] [--dtype DTYPE] [--times [NAME] | --no-times]", arguments[0]);
     }
   }
-  const int failures = check ? CheckAll(small, only) : 0;
+  int failures = check ? CheckAll(small, only) : 0;
+  if (check && !small) failures += CheckThreads();
   if (times) Times();
   return failures == 0 ? 0 : 1;
 }

@@ -653,28 +653,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
-// The current device.
-struct Device {
-  int multiprocessors;
-  int block_shared,
-      shared;  // bytes of shared memory that a block may have, that a multiprocessor has
-};
-
-cudaError_t ThisDevice(Device* device) {
-  int id = 0;
-  cudaError_t error = cudaGetDevice(&id);
-  const auto get = [&](int* value, cudaDeviceAttr attribute) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, id);
-  };
-  get(&device->multiprocessors, cudaDevAttrMultiProcessorCount);
-  get(&device->block_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  get(&device->shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  return error;
-}
-
 template <class E, bool kWideShrink, int kBlocks, int kRowBlocks, Expand kExpand>
 cudaError_t LaunchThin(cudaStream_t stream, ThinArguments p, const Result<E>& result,
-                       const Device& device) {
+                       const Gpu& gpu) {
   using Tile = std::conditional_t<kWideShrink, float, E>;
   using T = Thin<Tile, kBlocks, kRowBlocks>;
   const int most_parts = HasSm90() ? kMostParts : 1;
@@ -688,7 +669,7 @@ cudaError_t LaunchThin(cudaStream_t stream, ThinArguments p, const Result<E>& re
   const int64_t strips = kExpand == Expand::kNone ? 0 : CeilDiv(p.out, kColumns);
   const auto fits = [&](int shift) {
     const int halves = shift > 1 ? 3 : kBlocks > 2 ? 4 : 2;  // blocks of two multiprocessors
-    return 2 * (tiles << shift) <= halves * device.multiprocessors;
+    return 2 * (tiles << shift) <= halves * gpu.multiprocessors;
   };
   p.parts_shift = 0;
   while (1 << p.parts_shift < most_parts && fits(p.parts_shift + 1) &&
@@ -700,16 +681,15 @@ cudaError_t LaunchThin(cudaStream_t stream, ThinArguments p, const Result<E>& re
   const int ranks = T::kWarpRanks << p.across_shift;
   const int stage = (T::kXTile + T::ATile(ranks, p.a.transposed)) * sizeof(Tile);
   const int reserved = 2048;  // of a block, by the system and for row_scaling
-  p.stages = std::max(2, std::min(4, (device.shared / 2 - reserved) / stage));
+  p.stages = std::max(2, std::min(4, (gpu.shared / 2 - reserved) / stage));
   const bool apart = p.parts_shift > 0 && kExpand != Expand::kNone;  // h from the sums
   const int sums =
       ((kWarps >> p.across_shift) + apart) * T::Sums(ranks) * static_cast<int>(sizeof(float));
   const int shared = std::max(sums, p.stages * stage);
   if constexpr (kRowBlocks > 2) {
     // 64 rows where 32, in two parts, would be more blocks than multiprocessors.
-    if (tiles * (most_parts > 1 ? 4 : 1) <= device.multiprocessors ||
-        shared > device.block_shared) {
-      return LaunchThin<E, kWideShrink, kBlocks, 2, kExpand>(stream, p, result, device);
+    if (tiles * (most_parts > 1 ? 4 : 1) <= gpu.multiprocessors || shared > gpu.block_shared) {
+      return LaunchThin<E, kWideShrink, kBlocks, 2, kExpand>(stream, p, result, gpu);
     }
   }
   const int64_t blocks = tiles << p.parts_shift;
@@ -721,26 +701,25 @@ cudaError_t LaunchThin(cudaStream_t stream, ThinArguments p, const Result<E>& re
 
 template <class E, bool kWideShrink, int kRowBlocks, Expand kExpand>
 cudaError_t LaunchThin(cudaStream_t stream, const ThinArguments& p, const Result<E>& result,
-                       const Device& device) {
-  return p.rank <= 32
-             ? LaunchThin<E, kWideShrink, 2, kRowBlocks, kExpand>(stream, p, result, device)
-             : LaunchThin<E, kWideShrink, 4, kRowBlocks, kExpand>(stream, p, result, device);
+                       const Gpu& gpu) {
+  return p.rank <= 32 ? LaunchThin<E, kWideShrink, 2, kRowBlocks, kExpand>(stream, p, result, gpu)
+                      : LaunchThin<E, kWideShrink, 4, kRowBlocks, kExpand>(stream, p, result, gpu);
 }
 
 // float32 factors stay with 32 rows.
 template <class E, Expand kExpand>
 cudaError_t LaunchThin(cudaStream_t stream, const ThinArguments& p, const Result<E>& result,
-                       const Device& device) {
+                       const Gpu& gpu) {
   if constexpr (sizeof(E) == 2) {
     constexpr int kRowBlocks = kExpand == Expand::kWide ? 2 : 4;
-    if (!p.a.wide) return LaunchThin<E, false, kRowBlocks, kExpand>(stream, p, result, device);
+    if (!p.a.wide) return LaunchThin<E, false, kRowBlocks, kExpand>(stream, p, result, gpu);
   }
-  return LaunchThin<E, true, 2, kExpand>(stream, p, result, device);
+  return LaunchThin<E, true, 2, kExpand>(stream, p, result, gpu);
 }
 
 cudaError_t LaunchManyRows(cudaStream_t stream, const Pass& pass) {
-  Device device;
-  const cudaError_t error = ThisDevice(&device);
+  Gpu gpu;
+  const cudaError_t error = ThisGpu(&gpu);
   if (error != cudaSuccess) return error;
   const Sizes& sizes = pass.sizes;
   const int64_t width = Width(pass.element);
@@ -763,14 +742,14 @@ cudaError_t LaunchManyRows(cudaStream_t stream, const Pass& pass) {
   return Dispatch(pass.element, [&](auto tag) {
     using E = typename decltype(tag)::type;
     if (pass.y == nullptr) {
-      return LaunchThin<E, Expand::kNone>(stream, p, Result<E>(), device);
+      return LaunchThin<E, Expand::kNone>(stream, p, Result<E>(), gpu);
     }
     if constexpr (sizeof(E) == 2) {
       if (!p.b.wide && (p.b.transposed ? p.b.quads : p.b.vectors)) {
-        return LaunchThin<E, Expand::kTensor>(stream, p, ResultOf<E>(pass, 8), device);
+        return LaunchThin<E, Expand::kTensor>(stream, p, ResultOf<E>(pass, 8), gpu);
       }
     }
-    return LaunchThin<E, Expand::kWide>(stream, p, ResultOf<E>(pass, 4), device);
+    return LaunchThin<E, Expand::kWide>(stream, p, ResultOf<E>(pass, 4), gpu);
   });
 }
 

@@ -22,11 +22,9 @@ EncodeTiled Encode() {
 }  // namespace
 
 bool HasTma() {
-  int device = 0, shared = 0;
-  return HasSm90() && Encode() != nullptr && cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) ==
-             cudaSuccess &&
-         shared >= 2 * kTmaShared;
+  Gpu gpu;
+  return HasSm90() && Encode() != nullptr && ThisGpu(&gpu) == cudaSuccess &&
+         gpu.shared >= 2 * kTmaShared;
 }
 
 bool MapBoxes(Element element, const void* data, int64_t rows, int64_t columns, int box_rows,
