@@ -95,14 +95,15 @@ def partitioned(
 
     whole = custom_partitioning(lambda *operands: tuple(on_one_device(*operands, **params)))
     kept = {factor for result in wanted for factor in result}
-    summed = {factor for operand in given for factor in operand} - kept - {"r"}
+    # In the order in which the rule names them first, as Shardy asks.
+    summed = dict.fromkeys(f for operand in given for f in operand if f not in kept)
     whole.def_partition(
         lambda mesh, args, results: _partition(
             call, mesh, _Placed.of(args, given), _Placed.of(results, wanted), per_device
         ),
         sharding_rule=f"{_rule(given)} -> {_rule(wanted)}",
         need_replication_factors=("r",),
-        reduction_factors=tuple(sorted(f for f in summed if f in ("k", "n") or f[0] == "m")),
+        reduction_factors=tuple(f for f in summed if f in ("k", "n") or f[0] == "m"),
     )
     return whole(*operands)
 

@@ -150,6 +150,24 @@ def test_values_and_gradients(implementation, name, linear, dtype, mesh):
             )
 
 
+@pytest.mark.parametrize("wanted", [["lora_b"], ["scaling"], ["lora_a"], ["lora_a", "lora_b"]])
+@pytest.mark.parametrize("rows", [(M,), (4, *(1,) * 10, M // 4)], ids=["a row axis", "twelve"])
+def test_gradients_of_some_operands(wanted, rows, auto):
+    """What no result has is summed over, however few and many the axes."""
+    given, g = make(rows=rows), cotangent(rows)
+    specs = (P("data"), P(None, "model"), P(), P(None, "model"), P("model"))
+    operands = put(given, specs, auto) | {"scaling": jnp.float32(SCALING)}
+    rest = {name: value for name, value in operands.items() if name not in wanted}
+
+    def loss(trained, rest):
+        everything = {**trained, **rest}
+        scaling = everything.pop("scaling")
+        return (op(everything, scaling=scaling) * g).sum()
+
+    grads = jax.jit(jax.grad(loss))({name: operands[name] for name in wanted}, rest)
+    check_all(grads, oracle.truth(given, g, SCALING), "float32")
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_batch_and_sequence_sharded_apart(implementation, mesh):
     """Rows that are two axes of x, each over a mesh axis of its own: neither is gathered."""
