@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 
 def full(operands: Sequence[Any], axes: int) -> tuple[int, ...]:
     """The sizes of the first `axes` axes of all operands together."""
-    return np.broadcast_shapes(*(operand.shape[:axes] for operand in operands))
+    return jnp.broadcast_shapes(*(operand.shape[:axes] for operand in operands))
 
 
 def each(function: Callable[..., Any], axes: int, operands: Sequence[jax.Array]) -> Any:

@@ -5,7 +5,6 @@ import dataclasses
 import faulthandler
 import itertools
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -23,7 +22,7 @@ import jax_fused_lora
 from jax_fused_lora import bench, implementations, report, selftest
 from jax_fused_lora.bench import Row
 from jax_fused_lora.cases import DIRECTIONS, DTYPES, OPS, PRESETS, Case
-from jax_fused_lora.implementations import default_platform
+from jax_fused_lora.implementations import default_platform, usable_cores
 from jax_fused_lora.selftest import Check, Duel, Result, Timing
 
 # A table that is piped into a file has no terminal to take its width from.
@@ -48,7 +47,7 @@ def machine() -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "cores": usable_cores(),
         "device": device.device_kind,
         "platform": default_platform(),
         "jax_fused_lora": jax_fused_lora.__version__,
@@ -227,6 +226,8 @@ def _selftest(arguments: argparse.Namespace, console: Console) -> int:
 def _check_folder(arguments: argparse.Namespace) -> None:
     if arguments.json and not arguments.json.parent.is_dir():
         arguments.parser.error(f"argument --json: no folder {arguments.json.parent}")
+    if arguments.json and arguments.json.is_dir():
+        arguments.parser.error(f"argument --json: {arguments.json} is a folder, needed a file")
 
 
 def _positive(text: str) -> int:

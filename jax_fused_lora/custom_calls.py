@@ -5,7 +5,6 @@ row axes after those.
 """
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fused_lora import batch, forms, reference
-from jax_fused_lora.implementations import available_on, load
+from jax_fused_lora.implementations import available_on, load, usable_cores
 
 
 def forward(
@@ -132,6 +131,7 @@ def backward(
 
 _FEW_ROWS = 8  # up to which slices of W are multiplied one by one on the CPU
 _ROW_GAP = 16  # numbers between the rows of their sums
+_MOST_AXES = 16  # of a batch, as native/calls.h has it
 
 
 class _Sizes(NamedTuple):
@@ -182,12 +182,14 @@ def _route(
     lora_b: jax.Array,
 ) -> tuple[str, str]:
     """The native library that takes a call, and its form: "xla" where the definition does."""
-    if not all(isinstance(size, int) for size in (sizes.product_rows, sizes.k, sizes.n, sizes.r)):
+    element = (sizes.product_rows, sizes.k, sizes.n, sizes.r)
+    known = all(isinstance(size, int) for size in (*sizes.batch, *element))
+    if not known or sizes.axes > _MOST_AXES:
         if implementation is not None:
             raise ValueError(
                 f"implementation={implementation!r} needs sizes that are known when a program is "
-                f"compiled, x is ({sizes.m}, {sizes.k}) and B ({sizes.r}, {sizes.n}); pass None or "
-                "'xla'"
+                f"compiled, and at most {_MOST_AXES} batch axes: x is ({sizes.m}, {sizes.k}), B "
+                f"({sizes.r}, {sizes.n}) and the batch {sizes.batch}; pass None or 'xla'"
             )
         return "", "xla"
     problem = forms.Problem(
@@ -235,7 +237,7 @@ def _product_slices(k: int, n: int, itemsize: int) -> int:
     from 128 KiB on: float32, 1×512→512 on Zen 4, 104 → 57 µs.
     """
     size = k * n * itemsize
-    return max(1, min(max(size >> 20, min(size >> 17, os.cpu_count() or 1)), 16, k // 64))
+    return max(1, min(max(size >> 20, min(size >> 17, usable_cores())), 16, k // 64))
 
 
 def _row_slices(m: int, r: int, form: str) -> int:
@@ -250,7 +252,7 @@ def _row_slices(m: int, r: int, form: str) -> int:
     1.04 of the time on two cores, 0.97 to 1.04 on 4 and 0.92 to 1.05 on 16, where the sums would
     have 16 times the size of A and B; so only two cores have two.
     """
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     if form != "delta" and cores > 2:
         return 1
     fewest = 64 if form == "delta" and r <= 16 else 256

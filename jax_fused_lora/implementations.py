@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import os
 import pathlib
 import platform
 import re
@@ -27,6 +28,13 @@ class Implementation:
     available: bool
     platform: str
     reason: str
+
+
+def usable_cores() -> int:
+    """The cores that this process may use, for each of which XLA's CPU client has a thread."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 _XLA_REASON = (

@@ -15,9 +15,12 @@ from jax_fused_lora.ops import lora_forward, lora_linear
 class LoRA(nnx.LoRA):
     """`flax.nnx.LoRA` (https://flax.readthedocs.io) computed by `lora_forward` and `lora_linear`.
 
-    When `base_module` is an `nnx.Linear`, its kernel and bias and the adapter go through one
-    `lora_linear`; any other base module is called and `lora_forward` added to its result. As in
-    Flax, sums of different dtypes promote.
+    When `base_module` is an `nnx.Linear` that computes in the adapter's dtype and has no
+    `dot_general`, `precision` or `preferred_element_type` of its own, its kernel and bias and the
+    adapter go through one `lora_linear`; any other base module is called and `lora_forward` added
+    to its result. As in Flax, an adapter is float32 unless it is told, and a sum of different
+    dtypes promotes: beside a bfloat16 layer both are slower than an adapter with `param_dtype` (of
+    `LoRALinear`, `lora_param_dtype`) or `dtype` of bfloat16, too.
 
     Args:
         in_features: the number of input features.
@@ -137,7 +140,7 @@ class LoRA(nnx.LoRA):
 
 
 class LoRALinear(nnx.LoRALinear):
-    """`flax.nnx.LoRALinear` computed by one `lora_linear`.
+    """`flax.nnx.LoRALinear` computed by one `lora_linear`, where `LoRA` says.
 
     Args:
         in_features: the number of input features.
@@ -212,6 +215,9 @@ class LoRALinear(nnx.LoRALinear):
             `(..., out_features)`.
         """
         lora: Any = self.lora
+        if type(lora).__call__ is not LoRA.__call__ or lora.base_module is not None:
+            # Somebody's own adapter.
+            return nnx.Linear.__call__(self, x, out_sharding=out_sharding) + lora(x)
         adapted, lora_a, lora_b = lora.promote_dtype(
             (x, lora.lora_a[...], lora.lora_b[...]), dtype=lora.dtype
         )

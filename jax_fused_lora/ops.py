@@ -105,7 +105,12 @@ def _lora(
     out_sharding: OutSharding,
 ) -> jax.Array:
     given = {"x": x, "kernel": kernel, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
-    operands = {name: _array(name, value) for name, value in given.items() if value is not None}
+    optional = ("kernel", "bias")
+    operands = {
+        name: _array(name, value)
+        for name, value in given.items()
+        if value is not None or name not in optional
+    }
     _check_shapes(operands)
     _check_dtypes(operands)
     scaling = _check_scaling(scaling)

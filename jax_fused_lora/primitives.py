@@ -17,6 +17,7 @@ their gradients, not one of each element's. Derivatives of higher order are JAX'
 definition.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -208,7 +209,9 @@ def _kernel_gradient(x: jax.Array, g: jax.Array, like: Any) -> jax.Array:
         every = tuple(range(x.ndim - 1))
         return reference.contract(x, g, every, every).reshape(like.shape).astype(like.dtype)
     rows = tuple(range(x.ndim - axes - 1))
-    product = batch.each(lambda x, g: reference.contract(x, g, rows, rows), axes, [x, g])
+    # gᵀ·x, and not xᵀ·g: of an x that all elements share XLA's CPU client cannot run the product
+    # that becomes of that in bfloat16 (jax 0.10.2, "Unsupported element type for DotThunk").
+    product = batch.each(lambda x, g: reference.contract(g, x, rows, rows).T, axes, [x, g])
     return _summed_as(product, like.shape).astype(like.dtype)
 
 
@@ -366,7 +369,18 @@ def _lower(
 _lower(lora_forward_p, _reference_forward, custom_calls.forward, partitioning.FORWARD)
 _lower(lora_backward_p, _reference_backward, custom_calls.backward, partitioning.BACKWARD)
 mlir.register_lowering(lora_tangent_p, mlir.lower_fun(_reference_tangent, multiple_results=False))
+
+
+@functools.lru_cache(maxsize=1024)
+def _program(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    return jax.jit(partial(primitive.bind, **dict(params)))
+
+
+def _run(primitive: Primitive, *operands: jax.Array, **params: Any) -> Any:
+    """Outside of any `jax.jit`, or where that is disabled: one call is a program."""
+    with jax.disable_jit(False):
+        return _program(primitive, tuple(sorted(params.items())))(*operands)
+
+
 for _primitive in (lora_forward_p, lora_tangent_p, lora_backward_p):
-    _primitive.def_impl(
-        lambda *operands, _p=_primitive, **params: jax.jit(partial(_p.bind, **params))(*operands)
-    )
+    _primitive.def_impl(partial(_run, _primitive))

@@ -18,7 +18,8 @@ from jax import lax
 
 def accumulator(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """The type sums are taken in: float32, or `dtype` where that is wider."""
-    return jnp.promote_types(dtype, jnp.float32)
+    own = jnp.dtype(dtype)
+    return own if own.itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
 Axes = int | tuple[int, ...]
@@ -175,7 +176,7 @@ def forward(
     if kernel is not None:
         y += contract(x, kernel, -1, 0)
     if bias is not None:
-        y += bias
+        y += jnp.expand_dims(bias.astype(y.dtype), tuple(range(y.ndim - 1)))
     return y.astype(x.dtype), h
 
 

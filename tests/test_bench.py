@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jax_fused_lora
-from jax_fused_lora import Implementation, bench, cli
+from jax_fused_lora import Implementation, bench, cases, cli
 from jax_fused_lora.bench import Ratio, Row, WrongResult
 from jax_fused_lora.cases import DIRECTIONS, DTYPES, OPS, PRESETS, Case
 
@@ -156,7 +156,7 @@ def test_of_several_passes_one_is_checked(short_chain, monkeypatch):
 def test_short_chains_are_repeated_on_gpus(monkeypatch):
     short, long = (Case("lora_linear", 16, width, width, 16, "bfloat16") for width in (1024, 4096))
     assert short.passes == long.passes == 1
-    monkeypatch.setattr(bench, "default_platform", lambda: "cuda")
+    monkeypatch.setattr(cases, "default_platform", lambda: "cuda")
     assert (short.passes, long.passes) == (15, 1)
     times = bench.microseconds(short, {"ours": np.array([0.96e-3])})
     np.testing.assert_allclose(times["ours"], 1.0)
@@ -277,6 +277,7 @@ def test_a_case_that_fails_costs_no_other(measured, capsys):
         ("--in 4 --rank 8", "rank must be at most in_features and out_features, got rank 8"),
         ("--cases table --rows 3", "no case of the list matches"),
         ("--json no/such/folder/x.json", "argument --json: no folder no/such/folder"),
+        ("--json .", "argument --json: . is a folder, needed a file"),
     ],
 )
 def test_bad_input(measured, capsys, flags, message):

@@ -1,6 +1,5 @@
 """`jax.checkpoint` and `jax.lax.scan`: what is kept, what is computed again, and memory."""
 
-import os
 import re
 from functools import partial
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from programs import CLOSE, LINEAR, apply, calls, grads_asked, make, without
 
-from jax_fused_lora import lora_linear
+from jax_fused_lora import custom_calls, lora_linear
 
 
 def test_checkpoint(implementation, linear):
@@ -94,7 +93,7 @@ def test_memory_of_a_scan_under_checkpoint(cores, activation, dtype, monkeypatch
     But for the 64 bytes that XLA keeps for each custom call, a table of pointers to its results,
     where nothing else differs: docs/transformations.md names that.
     """
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(custom_calls, "usable_cores", lambda: cores)
     layers, rows, width, rank = 8, 512, 256, 8
     rng = np.random.default_rng(0)
     sizes = (layers, width, width), (layers, width, rank), (layers, rank, width), (rows, width)

@@ -93,6 +93,7 @@ WRONG = {
     "scaling is complex": ({"scaling": jnp.asarray(1j)}, TypeError, ["scaling is complex64"]),
     "scaling is a word": ({"scaling": "large"}, TypeError, ["scaling must be an array, got str"]),
     "scaling is None": ({"scaling": None}, TypeError, ["scaling"]),
+    "x is None": ({"x": None}, TypeError, ["x must be an array, got NoneType"]),
     "unknown implementation": (
         {"implementation": "tpu"},
         ValueError,

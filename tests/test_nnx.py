@@ -144,6 +144,20 @@ def test_lora_around_any_callable():
     check_close(ours(inputs(), factor=5.0), theirs(inputs(), factor=5.0), coarsest(F32))
 
 
+def test_an_adapter_of_one_s_own_inside():
+    class Doubled(LoRA):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    x = inputs()
+    for make in (Doubled, nnx.LoRA):
+        layer = linear(LoRALinear)
+        own = adapter(make, seed=3)
+        layer.lora = own
+        expected = nnx.Linear.__call__(layer, x) + own(x)
+        np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_lora_around_what_cannot_be_called():
     model = adapter(LoRA, base_module=nnx.Dict())
     with pytest.raises(ValueError, match="base_module must be callable, got Dict"):

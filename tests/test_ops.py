@@ -313,6 +313,14 @@ def test_float64_is_computed_in_float64():
         check_everything(operands, 0.3, None, "float64")
 
 
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("kernel", [True, False], ids=["linear", "forward"])
+def test_nothing_is_promoted_by_itself(implementation, kernel, dtype):
+    operands = oracle.operands((4,), 16, 24, 2, dtype, kernel=kernel, bias=kernel)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        check_everything(operands, 0.75, implementation, dtype)
+
+
 def test_integer_scaling_is_static(implementation):
     operands = oracle.operands((5,), 20, 30, 4, "float32")
     chex_equal = apply(operands, 2, implementation) == apply(operands, 2.0, implementation)

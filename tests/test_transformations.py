@@ -106,6 +106,39 @@ def test_hessian_and_other_orders(implementation, linear):
     chex.assert_trees_all_close(moved, expected, **CLOSE)
 
 
+# ---- Without jit.
+
+
+def test_calls_outside_of_jit_are_compiled_once(linear):
+    compiled = []
+
+    def listen(event, duration, **_):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    def step(seed):
+        operands = make((6,), linear, seed=seed)
+        return jax.value_and_grad(lambda o: apply(o).sum())(operands)
+
+    step(0)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        step(1)
+        assert compiled == []
+        jax.jit(lambda x: x + 1)(1)
+        assert compiled, "the listener hears what is compiled"
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+def test_jit_may_be_disabled(implementation, linear):
+    operands = make((6,), linear)
+    run = jax.value_and_grad(lambda o: apply(o, implementation).sum())
+    with jax.disable_jit():
+        got = run(operands)
+    chex.assert_trees_all_close(got, jax.jit(run)(operands), **CLOSE)
+
+
 # ---- Export.
 
 
@@ -140,6 +173,26 @@ def test_export_of_any_number_of_rows():
     chex.assert_trees_all_close(again.call(operands["x"]), run(operands["x"]), **CLOSE)
     with pytest.raises(ValueError, match=r"needs sizes that are known .*\(rows, 24\)"):
         exported(lambda x: apply({"x": x, **rest}, "cpu"), x)
+
+
+@pytest.mark.parametrize("shared", ["kernel", ""])
+def test_export_of_any_number_of_adapters(shared):
+    operands = {name: np.stack([value] * 3) for name, value in make((6,)).items()}
+    if shared:
+        operands[shared] = operands[shared][0]
+    (count,) = jax.export.symbolic_shape("count")
+    axes = {name: None if name == shared else 0 for name in operands}
+
+    def run(operands):
+        loss = lambda o: (apply(o, None) ** 2).sum()  # noqa: E731
+        return jax.vmap(jax.value_and_grad(loss), (axes,))(operands)
+
+    shapes = {
+        name: jax.ShapeDtypeStruct((count, *o.shape[1:]) if axes[name] == 0 else o.shape, o.dtype)
+        for name, o in operands.items()
+    }
+    got, expected = exported(run, shapes).call(operands), run(operands)
+    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-2)  # gradients up to 1000
 
 
 # ---- The program.

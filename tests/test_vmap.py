@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from programs import LINEAR, SCALING, apply, calls, check_all, make, subsets, without
+from programs import CLOSE, LINEAR, SCALING, apply, calls, check_all, make, subsets, without
 
 from jax_fused_lora import lora_linear
 
@@ -131,6 +131,32 @@ def test_nested_vmap_over_adapters(implementation):
             operands = {"x": x[i], "lora_a": a[j], "lora_b": b[j], **rest}
             truth = oracle.truth(operands, np.ones((5, 40)), SCALING)["y"]
             oracle.check("y", y[i, j], truth, "float32")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_grad_of_vmap_over_kernels_in_16_bits(implementation, dtype):
+    """XLA's CPU client cannot run every product of 16 bits that it compiles."""
+    operands = oracle.operands((64,), 128, 96, 8, dtype, bias=False)
+    rest, kernels = without(operands, "kernel"), jnp.stack([operands["kernel"]] * 2)
+    gs = make((2, 64), k=96)["x"].astype(dtype)
+
+    @jax.jit
+    def d_kernels(kernels, rest, gs):
+        run = jax.vmap(lambda w: apply({"kernel": w, **rest}, implementation))
+        return jax.vjp(run, kernels)[1](gs)[0]
+
+    for grad, g in zip(d_kernels(kernels, rest, gs), gs, strict=True):
+        oracle.check("kernel", grad, oracle.truth(operands, g, SCALING)["kernel"], dtype)
+
+
+def test_more_batch_axes_than_a_call_takes_are_left_to_xla():
+    operands = make((6,))
+    run = lambda operands, implementation=None: apply(operands, implementation)  # noqa: E731
+    for _ in range(17):
+        operands = {name: value[None] for name, value in operands.items()}
+        run = jax.vmap(run)
+    got, expected = jax.jit(run)(operands), apply(make((6,)), "xla")
+    chex.assert_trees_all_close(got.reshape(expected.shape), expected, **CLOSE)
 
 
 def test_vmap_over_scaling(implementation):

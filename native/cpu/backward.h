@@ -2,8 +2,8 @@
 //
 // First t, a block being a range of rows, and without W dx in the same sweep; then a block is one
 // of the product, or a range of columns of dA or dB, for which all rows are read again, from the
-// second cache where they are few. Many rows may be cut into slices instead (the caller says into how
-// many), each of which sums a dA and a dB of its own while it sweeps.
+// second cache where they are few. Many rows may be cut into slices instead (the caller says into
+// how many), each of which sums a dA and a dB of its own while it sweeps.
 #ifndef JAX_FUSED_LORA_NATIVE_CPU_BACKWARD_H_
 #define JAX_FUSED_LORA_NATIVE_CPU_BACKWARD_H_
 

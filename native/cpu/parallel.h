@@ -90,8 +90,11 @@ class Phases {
 // Calls body(phases, phase, index) for every block of every phase, on at most `threads` threads
 // of `pool`, the caller among them. A body that needs the results of earlier phases calls
 // phases.WaitBefore(phase) itself, as late as it can. Pool is xla::ffi::ThreadPool, or a test's.
+// Without memory for a task the process ends here: an exception would leave `body` behind, which
+// tasks may be working on.
 template <class Pool, class Body>
-void RunPhases(Pool& pool, int64_t threads, const Phases::Sizes& sizes, bool backwards, Body body) {
+void RunPhases(Pool& pool, int64_t threads, const Phases::Sizes& sizes, bool backwards,
+               Body body) noexcept {
   if (threads <= 1) {
     Phases phases(sizes, 1, backwards);
     phases.Work(0, body);
