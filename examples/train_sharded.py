@@ -2,7 +2,7 @@
 
 The model reads and writes bytes; the text is the running Python's own standard library. Its frozen
 weights are random, which any checkpoint could replace; the adapters of all linear layers are what
-is trained. The same file runs
+is trained. After `pip install '.[flax]' -r examples/requirements.txt` the same file runs
 
 on one device:
     python examples/train_sharded.py

@@ -5,7 +5,7 @@
 // columns at a time. Device memory: x, h and y once; A and B once for every 32 (16) rows, which
 // the caches serve. Threadgroup memory: h and two tiles, 30 KiB at most.
 //
-// At few rows this is a single threadgroup: the host leaves such calls to the CPU.
+// At few rows this is a single threadgroup, for which jax_fused_lora/forms.py takes the CPU.
 #pragma once
 
 template <uint kParts>
