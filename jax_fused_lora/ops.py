@@ -128,7 +128,9 @@ def _lora(
         return compute({**operands, **traced})
     # Inside, all axes are Auto: what each device computes is decided as on any other mesh.
     with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
-        return jax.sharding.auto_axes(compute, out_sharding=sharding)({**operands, **traced})
+        axes = sharding.mesh.explicit_axes
+        inside = jax.sharding.auto_axes(compute, axes=axes, out_sharding=sharding)
+        return inside({**operands, **traced})
 
 
 def _compute(
@@ -174,7 +176,14 @@ def _explicit_sharding(
             spec = PartitionSpec(k, None if k == n else n)
             kernel = kernel.update(sharding=NamedSharding(mesh, spec))
     product = partial(jnp.einsum, "...k,kn->...n", out_sharding=out_sharding)
-    return jax.eval_shape(product, x, kernel).sharding
+    # (`jax.eval_shape` says nothing of a mesh that has Auto axes, too.)
+    sharding = jax.make_jaxpr(product)(x, kernel).out_avals[0].sharding
+    if sharding.spec.unreduced:
+        raise ValueError(
+            f"out_sharding leaves sums over {sorted(sharding.spec.unreduced)} to the caller "
+            "(unreduced), needed one that says where the result lies"
+        )
+    return sharding
 
 
 def _varying_alike(*operands: Any) -> list[Any]:

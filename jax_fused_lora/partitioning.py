@@ -13,17 +13,24 @@ themselves, on slices:
 
 A mesh axis that more than one of these want goes to the rows first, then to out_features and
 in_features as W has them, W being the largest operand; so a W that is sharded for storage over the
-axes of the data (FSDP) is gathered where it is used, and nothing else is.
+axes of the data (FSDP) is gathered where it is used, and nothing else is. But one that both x and a
+weight have on in_features stays there, though y be wanted with its rows on it (Megatron's sequence
+parallel).
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+# XLA's shardings as JAX's. `custom_partitioning` would do that itself, but only for the mesh of the
+# program's operands, which has no part of an axis and may not be there; nothing public does.
+# Without it every sharded program fails, as test_partitioning.py would.
+from jax._src.sharding_impls import parse_flatten_op_sharding  # isort: skip
 
 from jax_fused_lora import batch
 
@@ -64,11 +71,14 @@ def partitioned(
     """`on_one_device(*operands, **params)`, which on a mesh runs on each device's part.
 
     Inside a `shard_map` over some axes of a mesh only, `custom_partitioning` cannot say what
-    becomes of the others: there XLA partitions the definition, or gathers the operands of a call
-    that was asked for by name.
+    becomes of the others, and without Shardy it has no rule: there XLA partitions the definition,
+    or gathers the operands of a call that was asked for by name.
     """
     mesh = jax.typeof(operands[0]).sharding.mesh
-    if 0 < len(mesh.manual_axes) < len(mesh.axis_names):
+    if mesh.empty:  # a constant's
+        mesh = jax.sharding.get_abstract_mesh()
+    shardy = getattr(jax.config, "jax_use_shardy_partitioner", True)
+    if not shardy or 0 < len(mesh.manual_axes) < len(mesh.axis_names):
         some = definition if params["implementation"] is None else on_one_device
         return some(*operands, **params)
     batch_axes = operands[call.operands.index("kr")].ndim - 2
@@ -98,9 +108,14 @@ def partitioned(
     # In the order in which the rule names them first, as Shardy asks.
     summed = dict.fromkeys(f for operand in given for f in operand if f not in kept)
     whole.def_partition(
-        lambda mesh, args, results: _partition(
-            call, mesh, _Placed.of(args, given), _Placed.of(results, wanted), per_device
+        lambda own, args, results: _partition(
+            call,
+            _finest(mesh if own.empty else own, args[0].sharding.num_devices),
+            _Placed.of(args, given),
+            _Placed.of(results, wanted),
+            per_device,
         ),
+        decode_shardings=False,
         sharding_rule=f"{_rule(given)} -> {_rule(wanted)}",
         need_replication_factors=("r",),
         reduction_factors=tuple(f for f in summed if f in ("k", "n") or f[0] == "m"),
@@ -122,21 +137,50 @@ class _Placed(NamedTuple):
     def of(cls, likes: Sequence[Any], factors: Sequence[Factors]) -> "list[_Placed]":
         return [cls(like, each) for like, each in zip(likes, factors, strict=True)]
 
+    def on(self, mesh: AbstractMesh) -> "_Placed":
+        """With a sharding of that mesh; none where its axes cannot say how it lies."""
+        try:
+            (spec,) = parse_flatten_op_sharding(self.like.sharding._hlo_sharding, mesh)
+        except (ValueError, NotImplementedError, AssertionError, StopIteration):
+            spec = PartitionSpec()
+        sharding = NamedSharding(mesh, spec)
+        like = jax.ShapeDtypeStruct(self.like.shape, self.like.dtype, sharding=sharding)
+        return self._replace(like=like)
+
+    def asked(self, factor: str) -> Axes:
+        """The mesh axes that a factor of it lies on."""
+        spec, at = self.like.sharding.spec, self.factors.index(factor)
+        own = spec[at] if at < len(spec) else None
+        return (own,) if isinstance(own, str) else tuple(own or ())
+
+
+def _finest(mesh: Any, devices: int) -> AbstractMesh:
+    """The mesh with its axes cut into primes, as XLA may split over a part of one (a reshape).
+
+    A program whose operands lie on no mesh has none, or that of `jax.set_mesh`.
+    """
+    axes = mesh.shape.items() if mesh.size == devices else [("devices", devices)]
+    cut: dict[str, int] = {}
+    for name, size in axes:
+        factor = 2
+        while size > 1:
+            while size % factor:
+                factor += 1
+            cut[f"{name}.{len(cut)}"] = factor
+            size //= factor
+    return AbstractMesh(tuple(cut.values()), tuple(cut))
+
 
 def _partition(
     call: Call,
-    mesh: Mesh,
+    mesh: AbstractMesh,
     operands: Sequence[_Placed],
     results: Sequence[_Placed],
     per_device: Callable[[Mapping[str, Axes]], Callable[..., Any]],
 ) -> Any:
     """What `custom_partitioning` asks: the mesh, a device's part, and the shardings it needs."""
-    for like, _ in (*operands, *results):
-        if not isinstance(like.sharding, NamedSharding):
-            raise NotImplementedError(
-                f"jax_fused_lora: an operand is sharded by {like.sharding}, needed a NamedSharding "
-                'of a mesh; pass implementation="xla", which takes any sharding'
-            )
+    operands = [placed.on(mesh) for placed in operands]
+    results = [placed.on(mesh) for placed in results]
     axes = _assign(call, mesh, operands, results)
 
     def sharding(placed: _Placed) -> NamedSharding:
@@ -146,27 +190,30 @@ def _partition(
 
 
 def _assign(
-    call: Call, mesh: Mesh, operands: Sequence[_Placed], results: Sequence[_Placed]
+    call: Call, mesh: AbstractMesh, operands: Sequence[_Placed], results: Sequence[_Placed]
 ) -> dict[str, Axes]:
     """The mesh axes of each factor, none of them twice; the same in every process."""
     axes: dict[str, Axes] = {}
     used: set[str] = set()
 
-    def offer(factor: str, placed: _Placed) -> None:
-        like, at = placed.like, placed.factors.index(factor)
-        spec = like.sharding.spec[at] if at < len(like.sharding.spec) else None
-        asked = (spec,) if isinstance(spec, str) else tuple(spec or ())
-        free = tuple(axis for axis in asked if axis not in used)
+    def offer(factor: str, placed: _Placed, taken: Collection[str] = used) -> None:
+        free = tuple(axis for axis in placed.asked(factor) if axis not in taken)
+        size = placed.like.shape[placed.factors.index(factor)]
         # XLA pads uneven parts, and sums over what it padded with would be wrong.
-        if free and not axes.get(factor) and like.shape[at] % _size(mesh, free) == 0:
+        if free and not axes.get(factor) and size % _size(mesh, free) == 0:
             axes[factor] = free
             used.update(free)
 
     everything = (*operands, *results)
+    in_features: dict[bool, set[str]] = {False: set(), True: set()}  # of x, and of W and A
+    for placed in operands:
+        if "k" in placed.factors:
+            in_features["r" in placed.factors or "n" in placed.factors].update(placed.asked("k"))
+    row_parallel = in_features[False] & in_features[True]
     for placed in everything:
         for factor in placed.factors:
             if factor[0] in "bm":
-                offer(factor, placed)
+                offer(factor, placed, used | row_parallel)
     for factor, operand in call.prefer:
         if operand < len(operands):
             offer(factor, operands[operand])
@@ -177,7 +224,7 @@ def _assign(
     return axes
 
 
-def _size(mesh: Mesh, axes: Axes) -> int:
+def _size(mesh: AbstractMesh, axes: Axes) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
@@ -235,11 +282,11 @@ FORWARD = Call(
     operands=("mk", "kr", "rn", "kn", "n"),
     results={"y": "mn", "h": "mr"},
     shard=_forward_part,
-    prefer=(("n", 3), ("n", 2), ("k", 3), ("k", 1)),
+    prefer=(("n", 3), ("k", 3), ("n", 2), ("k", 1)),
 )
 BACKWARD = Call(
     operands=("mn", "mk", "kr", "rn", "mr", "kn"),
     results={"x": "mk", "a": "kr", "b": "rn"},
     shard=_backward_part,
-    prefer=(("n", 5), ("n", 3), ("k", 5), ("k", 2)),
+    prefer=(("n", 5), ("k", 5), ("n", 3), ("k", 2)),
 )
