@@ -141,7 +141,7 @@ class _Placed(NamedTuple):
         """With a sharding of that mesh; none where its axes cannot say how it lies."""
         try:
             (spec,) = parse_flatten_op_sharding(self.like.sharding._hlo_sharding, mesh)
-        except (ValueError, NotImplementedError, AssertionError, StopIteration):
+        except (AssertionError, LookupError, NotImplementedError, StopIteration, ValueError):
             spec = PartitionSpec()
         sharding = NamedSharding(mesh, spec)
         like = jax.ShapeDtypeStruct(self.like.shape, self.like.dtype, sharding=sharding)
