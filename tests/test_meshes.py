@@ -175,17 +175,17 @@ def test_a_constant_inside_a_shard_map(implementation):
 
 @pytest.mark.parametrize(
     ("specs", "out"),
-    [(ROW, P(("data", "model"))), (ROW | {"lora_b": P(None, "model")}, P("data"))],
+    [(ROW, P("data", "model")), (ROW | {"lora_b": P(None, "model")}, P("data"))],
     ids=["rows of y", "columns of B"],
 )
 def test_row_parallel_stays_so(specs, out):
     """Whatever else wants its axis: rows of the result (Megatron's sequence parallel), or B."""
     mesh = mesh_of(AUTO, AUTO)
-    operands = put(make(), specs, mesh)
-    forward = lambda operands: jax.lax.with_sharding_constraint(  # noqa: E731
-        op(operands), NamedSharding(mesh, out)
-    )
-    check(jax.jit(forward)(operands), {})
+    operands = make()
+    operands["x"] = operands["x"].reshape(4, 4, K)
+    operands = put(operands, specs | {"x": P("data", None, "model")}, mesh)
+    forward = jax.jit(op, out_shardings=NamedSharding(mesh, out))
+    check(forward(operands), {})
     kinds = collectives(forward, operands)
     assert kinds.count("all-reduce") == 1 and "all-to-all" not in kinds
     assert kinds.count("all-gather") == (specs is not ROW)  # of B
