@@ -2,6 +2,6 @@
 
 from jax_fused_lora.implementations import Implementation, implementations
 from jax_fused_lora.ops import lora_forward, lora_linear
+from jax_fused_lora.version import __version__
 
-__all__ = ["Implementation", "implementations", "lora_forward", "lora_linear"]
-__version__ = "0.1.0"
+__all__ = ["Implementation", "__version__", "implementations", "lora_forward", "lora_linear"]

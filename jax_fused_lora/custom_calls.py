@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fused_lora import batch, forms, reference
-from jax_fused_lora.implementations import available_on, load, usable_cores
+from jax_fused_lora.implementations import available_on, implementations, load, usable_cores
+from jax_fused_lora.version import __version__
 
 
 def forward(
@@ -127,6 +128,12 @@ def backward(
         db = reference.gradient_of_b(g, h, lora_b.dtype, scaling=scaling, split=True)
         results.append(db)
     return tuple(results)
+
+
+def decided_by() -> tuple[Any, ...]:
+    """What decides on the calls of this process, beside their operands and parameters."""
+    available = [name for name, each in implementations().items() if each.available]
+    return __version__, available, usable_cores(), forms.metal_setting()
 
 
 _FEW_ROWS = 8  # up to which slices of W are multiplied one by one on the CPU

@@ -78,18 +78,8 @@ class Problem(NamedTuple):
 
 
 def best_library(available: Collection[str], problem: Problem) -> str | None:
-    """The one of `available`, libraries that serve one platform, for a call; None for XLA.
-
-    The environment variable JAX_FUSED_LORA_METAL decides what Metal gets: "auto" (the default),
-    calls with work enough to pay for a command buffer; "always"; or "never". It is read when a
-    program is compiled.
-
-    Raises:
-        ValueError: the variable has another value.
-    """
-    setting = os.environ.get(_METAL_VARIABLE, "auto")
-    if setting not in ("auto", "always", "never"):
-        raise ValueError(f"{_METAL_VARIABLE} is {setting!r}, needed 'auto', 'always' or 'never'")
+    """The one of `available`, libraries that serve one platform, for a call; None for XLA."""
+    setting = metal_setting()
     rows, k, n, rank, *_ = problem
     work = rows * ((k * n if problem.has_kernel else 0) + rank * (k + n))
     wanted = setting == "always" or (setting == "auto" and work >= _METAL_WORK)
@@ -97,6 +87,21 @@ def best_library(available: Collection[str], problem: Problem) -> str | None:
     if "metal" in serving and wanted:
         return "metal"
     return next((name for name in serving if name != "metal"), None)
+
+
+def metal_setting() -> str:
+    """What Metal gets, by the environment variable JAX_FUSED_LORA_METAL.
+
+    "auto" (the default), calls with work enough to pay for a command buffer; "always"; or "never".
+    It is read when a program is compiled.
+
+    Raises:
+        ValueError: the variable has another value.
+    """
+    setting = os.environ.get(_METAL_VARIABLE, "auto")
+    if setting not in ("auto", "always", "never"):
+        raise ValueError(f"{_METAL_VARIABLE} is {setting!r}, needed 'auto', 'always' or 'never'")
+    return setting
 
 
 class _Limits(NamedTuple):

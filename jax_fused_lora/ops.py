@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from jax_fused_lora import forms, primitives, reference
+from jax_fused_lora import forms, partitioning, primitives, reference
 from jax_fused_lora.implementations import implementations
 
 OutSharding = NamedSharding | PartitionSpec | None
@@ -119,6 +119,8 @@ def _lora(
     # What auto_axes takes becomes an array, and a number is to stay one, compiled in.
     static: Any = {"scaling": scaling} if isinstance(scaling, float) else {}
     traced = {} if static else {"scaling": scaling}
+    if _leaves_unreduced({**operands, **traced}, implementation):
+        implementation = "xla"
 
     def compute(operands: dict[str, Any]) -> jax.Array:
         return _compute(**operands, **static, implementation=implementation)
@@ -149,7 +151,6 @@ def _compute(
         # In float32, whatever B's dtype: in 16 bits the product would lose B's low bits.
         lora_b = scaling.astype(jnp.float32) * lora_b.astype(jnp.float32)
         scaling = 1.0
-    x, lora_a, lora_b, kernel, bias = _varying_alike(x, lora_a, lora_b, kernel, bias)
     return primitives.forward(
         x, lora_a, lora_b, kernel, bias, scaling=scaling, implementation=implementation
     )
@@ -173,7 +174,8 @@ def _explicit_sharding(
         kernel = jax.ShapeDtypeStruct((lora_a.shape[0], lora_b.shape[1]), x.dtype)
         if mesh is not None:
             k, n = (jax.typeof(o).sharding.spec[at] for o, at in ((lora_a, 0), (lora_b, 1)))
-            spec = PartitionSpec(k, None if k == n else n)
+            shared = {*partitioning.mesh_axes(k)} & {*partitioning.mesh_axes(n)}
+            spec = PartitionSpec(k, None if shared else n)
             kernel = kernel.update(sharding=NamedSharding(mesh, spec))
     product = partial(jnp.einsum, "...k,kn->...n", out_sharding=out_sharding)
     # (`jax.eval_shape` says nothing of a mesh that has Auto axes, too.)
@@ -186,19 +188,23 @@ def _explicit_sharding(
     return sharding
 
 
-def _varying_alike(*operands: Any) -> list[Any]:
-    """Inside `shard_map`, makes every operand vary over the mesh axes that any of them varies over.
+def _leaves_unreduced(operands: dict[str, Any], implementation: str | None) -> bool:
+    """Whether a gradient that a call would sum is not to be, its operand being "reduced".
 
-    A gradient of an operand that is the same on all devices is the sum over them of what each
-    computes. The transpose of this cast is that sum; the calls behind it have none of their own,
-    and their gradients of replicated adapters would silently be one device's part.
+    XLA ends the process over a call of which one result is unreduced and others are not.
     """
-    vmas = [frozenset() if o is None else jax.typeof(o).manual_axis_type.varying for o in operands]
-    every = frozenset().union(*vmas)
-    return [
-        o if o is None or own == every else jax.lax.pcast(o, tuple(every - own), to="varying")
-        for o, own in zip(operands, vmas, strict=True)
-    ]
+    axes = {
+        name: jax.typeof(operand).sharding.spec.reduced
+        for name, operand in operands.items()
+        if name not in ("kernel", "bias")  # whose gradients are products and sums of their own
+    }
+    for name, over in axes.items():
+        if over and implementation not in (None, "xla"):
+            raise ValueError(
+                f"{name} is reduced over {sorted(over)}, which leaves its gradient unreduced, and "
+                f"implementation={implementation!r} would sum it; pass None or 'xla'"
+            )
+    return any(axes.values())
 
 
 # ---- Checks, before anything is compiled.

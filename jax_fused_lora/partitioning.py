@@ -18,6 +18,7 @@ weight have on in_features stays there, though y be wanted with its rows on it (
 parallel).
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 # Without it every sharded program fails, as test_partitioning.py would.
 from jax._src.sharding_impls import parse_flatten_op_sharding  # isort: skip
 
-from jax_fused_lora import batch
+from jax_fused_lora import batch, custom_calls
 
 # Bytes of a device's y or dx in bfloat16 up to which it is summed in float32. Two H200s, bfloat16,
 # rank 16, microseconds of a layer that sums y and h and does nothing else, in float32, in bfloat16,
@@ -99,9 +100,14 @@ def partitioned(
     wanted = [factors(call.results[name], sizes_of_all, "") for name in names]
 
     def per_device(axes: Mapping[str, Axes]) -> Callable[..., Any]:
-        return lambda *parts: call.shard(
-            lambda *parts: on_one_device(*parts, **params), axes, parts, names
-        )
+        def part(*parts: jax.Array) -> tuple[jax.Array, ...]:
+            # Not on the user's mesh, whose Explicit axes would have a say in a device's part.
+            with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+                return call.shard(
+                    lambda *parts: on_one_device(*parts, **params), axes, parts, names
+                )
+
+        return part
 
     whole = custom_partitioning(lambda *operands: tuple(on_one_device(*operands, **params)))
     kept = {factor for result in wanted for factor in result}
@@ -120,11 +126,25 @@ def partitioned(
         need_replication_factors=("r",),
         reduction_factors=tuple(f for f in summed if f in ("k", "n") or f[0] == "m"),
     )
-    return whole(*operands)
+
+    # Of `whole` a program holds an address alone, and nothing of params. So the name of what calls
+    # it says them: JAX's persistent cache would take the program of another scaling for this one,
+    # once the address came again (jax 0.12.0.1: 3 of 12 programs in one process).
+    def named(*operands: jax.Array) -> Any:
+        return whole(*operands)
+
+    known = sorted(params.items()), tuple(mesh.shape.values()), custom_calls.decided_by()
+    named.__name__ = f"lora_{hashlib.sha256(repr(known).encode()).hexdigest()[:32]}"
+    return jax.jit(named)(*operands)
 
 
 def _rule(factors: Sequence[Factors]) -> str:
     return ", ".join(" ".join(each) for each in factors)
+
+
+def mesh_axes(entry: str | tuple[str, ...] | None) -> Axes:
+    """Those that one entry of a `PartitionSpec` names."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 class _Placed(NamedTuple):
@@ -150,23 +170,22 @@ class _Placed(NamedTuple):
     def asked(self, factor: str) -> Axes:
         """The mesh axes that a factor of it lies on."""
         spec, at = self.like.sharding.spec, self.factors.index(factor)
-        own = spec[at] if at < len(spec) else None
-        return (own,) if isinstance(own, str) else tuple(own or ())
+        return mesh_axes(spec[at] if at < len(spec) else None)
 
 
 def _finest(mesh: Any, devices: int) -> AbstractMesh:
     """The mesh with its axes cut into primes, as XLA may split over a part of one (a reshape).
 
-    A program whose operands lie on no mesh has none, or that of `jax.set_mesh`.
+    A program whose operands lie on no mesh has none, or that of `jax.set_mesh`. The names are our
+    own, as XLA ends the process over some (jax 0.12.0.1: over any letter that is not ASCII).
     """
-    axes = mesh.shape.items() if mesh.size == devices else [("devices", devices)]
     cut: dict[str, int] = {}
-    for name, size in axes:
+    for size in mesh.shape.values() if mesh.size == devices else [devices]:
         factor = 2
         while size > 1:
             while size % factor:
                 factor += 1
-            cut[f"{name}.{len(cut)}"] = factor
+            cut[str(len(cut))] = factor
             size //= factor
     return AbstractMesh(tuple(cut.values()), tuple(cut))
 

@@ -58,9 +58,23 @@ def forward(
 ) -> jax.Array:
     """What `reference.forward` calls y, by custom call where one serves."""
     rest = [operand for operand in (kernel, bias) if operand is not None]
-    return lora_forward_p.bind(
-        x, lora_a, lora_b, *rest, scaling=scaling, implementation=implementation
-    )[0]
+    operands = _varying_alike(x, lora_a, lora_b, *rest)
+    return lora_forward_p.bind(*operands, scaling=scaling, implementation=implementation)[0]
+
+
+def _varying_alike(*operands: jax.Array) -> list[jax.Array]:
+    """Inside `shard_map`, makes every operand vary over the mesh axes that any of them varies over.
+
+    A gradient of an operand that is the same on all devices is the sum over them of what each
+    computes. The transpose of this cast is that sum; the calls behind it have none of their own,
+    and their gradients of replicated adapters would silently be one device's part.
+    """
+    vmas = [jax.typeof(operand).manual_axis_type.varying for operand in operands]
+    every = frozenset().union(*vmas)
+    return [
+        o if own == every else jax.lax.pcast(o, tuple(every - own), to="varying")
+        for o, own in zip(operands, vmas, strict=True)
+    ]
 
 
 # ---- The mathematics.
@@ -319,7 +333,8 @@ def _batch_rule(
         else operand if as_rows else jnp.expand_dims(operand, 0)
         for operand, dim in zip(operands, dims, strict=True)
     ]  # fmt: skip
-    results = primitive.bind(*moved, **params)
+    # What is mapped may vary over more axes: `vmap` of a `shard_map`, with a spmd_axis_name.
+    results = primitive.bind(*_varying_alike(*moved), **params)
     return results, [at] * len(results) if primitive.multiple_results else at
 
 

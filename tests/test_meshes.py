@@ -27,10 +27,10 @@ COLUMN = REPLICATED | {
 ROW = REPLICATED | {"x": P("data", "model"), "kernel": P("model"), "lora_a": P("model")}
 
 
-def mesh_of(*axis_types):
+def mesh_of(*axis_types, names=("data", "model")):
     if len(jax.devices()) < 8:
         pytest.skip("needs eight devices")
-    return jax.make_mesh((4, 2), ("data", "model"), axis_types=axis_types)
+    return jax.make_mesh((4, 2), names, axis_types=axis_types)
 
 
 def make(linear=True):
@@ -134,6 +134,57 @@ def test_axes_of_both_types(implementation, specs, axis_types):
     check(y, grads)
     for name, grad in grads.items():
         assert jax.typeof(grad).sharding == jax.typeof(operands[name]).sharding
+
+
+@pytest.mark.parametrize("axis_types", [(EXPLICIT, EXPLICIT), (AUTO, EXPLICIT)], ids=str)
+@pytest.mark.parametrize("specs", [REPLICATED | {"x": P("data")}, ROW], ids=["data", "row"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_sums_on_a_mesh_that_is_set(implementation, specs, axis_types):
+    """A device's part is traced while the user's Explicit axes are in force."""
+    mesh = mesh_of(*axis_types)
+    out = P(None, None) if specs is ROW else None
+    with jax.set_mesh(mesh):
+        operands = put(make(), specs, mesh)
+        run = lambda o: both(lambda o: op(o, implementation, out_sharding=out), o)  # noqa: E731
+        check(*jax.jit(run)(operands))
+
+
+@pytest.mark.parametrize("reduced", [["lora_a"], ["lora_b"], ["lora_a", "lora_b"], ["kernel"]])
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_gradients_that_are_left_unreduced(implementation, reduced):
+    """Summed once by the user, who calls the operand reduced."""
+    mesh = mesh_of(EXPLICIT, EXPLICIT)
+    left = dict.fromkeys(reduced, P(reduced={"data"}))
+    operands = put(make(), REPLICATED | {"x": P("data")} | left, mesh)
+    y, grads = jax.jit(lambda o: both(lambda o: op(o, implementation), o))(operands)
+    for name in reduced:
+        assert jax.typeof(grads[name]).sharding.spec.unreduced == {"data"}
+    check(y, {n: jax.sharding.reshard(g, NamedSharding(mesh, P())) for n, g in grads.items()})
+
+
+def test_a_call_by_name_refuses_to_leave_gradients_unreduced():
+    mesh = mesh_of(EXPLICIT, EXPLICIT)
+    specs = REPLICATED | {"x": P("data"), "lora_b": P(reduced={"data"})}
+    with pytest.raises(ValueError, match=r"lora_b is reduced over \['data'\].* pass None or 'xla'"):
+        op(put(make(), specs, mesh))
+
+
+def test_names_of_axes_are_the_users_own():
+    """XLA ends the process over some that get into a program of ours: JAX 0.12's, over this one."""
+    own = "β" if jax.__version_info__ >= (0, 12) else 'a "quoted" one'  # which JAX's own takes
+    mesh = mesh_of(AUTO, AUTO, names=(own, "model"))
+    operands = put(make(), REPLICATED | {"x": P(own)}, mesh)
+    check(*jax.jit(lambda o: both(op, o))(operands))
+
+
+def test_factors_of_one_layer_on_axes_that_overlap():
+    mesh = mesh_of(EXPLICIT, EXPLICIT)
+    both_axes = ("data", "model")
+    specs = {"x": P(None, both_axes), "lora_a": P(both_axes), "lora_b": P(None, "model")}
+    operands = put(make(linear=False), specs, mesh)
+    y = op(operands, out_sharding=NamedSharding(mesh, P(None, None)))
+    truth = oracle.truth(make(linear=False), np.ones((M, N)), SCALING)
+    oracle.check("y", y, truth["y"], "float32")
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -119,6 +119,22 @@ def test_over_some_axes_of_a_mesh_only(mesh, implementation):
     assert bool(re.search(r" all-gather(-start)?\(", text)) == (implementation == NATIVE)
 
 
+@pytest.mark.parametrize("implementation", [None, NATIVE, "xla"])
+def test_vmap_over_an_axis_of_the_mesh(mesh, implementation):
+    """Of x alone, which so varies over one more axis than the weights that it meets."""
+    x, w, a, b, _ = make()
+    layer = lambda x, w, a, b: lora_linear(x, w, a, b, implementation=implementation)  # noqa: E731
+    mapped = jax.shard_map(
+        layer, mesh=mesh, in_specs=(P(), P(None, "model"), P(), P(None, "model")),
+        out_specs=P(None, "model"),
+    )  # fmt: skip
+    each = jax.vmap(mapped, in_axes=(0, None, None, None), spmd_axis_name="data")
+    loss = lambda f: lambda x, *rest: jnp.sin(f(x.reshape(4, M // 4, K), *rest)).sum()  # noqa: E731
+    got = jax.jit(jax.value_and_grad(loss(each), (0, 1, 2, 3)))(x, w, a, b)
+    plain = partial(lora_linear, implementation="xla")
+    jax.tree.map(close, got, jax.value_and_grad(loss(plain), (0, 1, 2, 3))(x, w, a, b))
+
+
 def test_pmap():
     """Legacy, and simply works."""
     if len(jax.devices()) < 8:
