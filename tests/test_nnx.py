@@ -12,6 +12,7 @@ import optax
 import pytest
 from flax import nnx
 from jax import lax
+from programs import inlined
 
 from jax_fused_lora.nnx import LoRA, LoRALinear
 
@@ -64,7 +65,8 @@ def check_same(ours, theirs, x, eps):
 def calls(model, x):
     """The program's custom calls and products: (lora_forward calls, dot_generals)."""
     graphdef, state = nnx.split(model)
-    text = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)).lower(state, x).as_text()
+    run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+    text = inlined(run.lower(state, x).as_text())
     return text.count("@jax_fused_lora.cpu.lora_forward("), text.count("stablehlo.dot_general")
 
 
