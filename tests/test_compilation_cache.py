@@ -27,7 +27,7 @@ SETTINGS = {
 @pytest.fixture
 def hits(tmp_path):
     """How many programs were found in a new cache, so far."""
-    before = {name: getattr(jax.config, name) for name in SETTINGS}
+    before = {name: getattr(jax.config, name) for name in (*SETTINGS, "jax_compilation_cache_dir")}
     found = []
 
     def listen(event, **kwargs):
@@ -42,7 +42,6 @@ def hits(tmp_path):
     yield found
     for name, value in before.items():
         jax.config.update(name, value)
-    jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
     jax.monitoring.unregister_event_listener(listen)
 

@@ -149,24 +149,18 @@ def test_sums_on_a_mesh_that_is_set(implementation, specs, axis_types):
         check(*jax.jit(run)(operands))
 
 
-@pytest.mark.parametrize("reduced", [["lora_a"], ["lora_b"], ["lora_a", "lora_b"], ["kernel"]])
-@pytest.mark.parametrize("implementation", [None, "xla"])
-def test_gradients_that_are_left_unreduced(implementation, reduced):
-    """Summed once by the user, who calls the operand reduced."""
+@pytest.mark.parametrize("name", [*REPLICATED, "scaling"])
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+def test_operands_with_gradients_to_be_left_unreduced_are_refused(implementation, name):
+    """The process ended, or a gradient was summed twice."""
     mesh = mesh_of(EXPLICIT, EXPLICIT)
-    left = dict.fromkeys(reduced, P(reduced={"data"}))
-    operands = put(make(), REPLICATED | {"x": P("data")} | left, mesh)
-    y, grads = jax.jit(lambda o: both(lambda o: op(o, implementation), o))(operands)
-    for name in reduced:
-        assert jax.typeof(grads[name]).sharding.spec.unreduced == {"data"}
-    check(y, {n: jax.sharding.reshard(g, NamedSharding(mesh, P())) for n, g in grads.items()})
-
-
-def test_a_call_by_name_refuses_to_leave_gradients_unreduced():
-    mesh = mesh_of(EXPLICIT, EXPLICIT)
-    specs = REPLICATED | {"x": P("data"), "lora_b": P(reduced={"data"})}
-    with pytest.raises(ValueError, match=r"lora_b is reduced over \['data'\].* pass None or 'xla'"):
-        op(put(make(), specs, mesh))
+    given = make() | {"scaling": jnp.float32(SCALING)}
+    specs = {n: P() for n in given} | {"x": P("data"), name: P(reduced={"data"})}
+    if name == "x":
+        specs["x"] = P("data", reduced={"model"})
+    operands = put(given, specs, mesh)
+    with pytest.raises(ValueError, match=rf"{name} is reduced over .*reshard\({name}"):
+        jax.jit(jax.grad(lambda o: lora_linear(**o, implementation=implementation).sum()))(operands)
 
 
 def test_names_of_axes_are_the_users_own():
